@@ -1,0 +1,207 @@
+"""The plan: what the tuner emits and the only thing the runtime reads.
+
+    Plan -> Bucket (one dense-batch size) -> Schedule -> NanoOp
+
+A schedule is one period of a repeating layer pattern (a modulo schedule). Its nano-ops are listed
+in issue order. In period t, a nano-op of stage s works on layer t - s; so the last ops of one layer
+can run beside the first ops of the next, and a whole iteration is `num_layers + max stage` periods
+with the instances outside [0, num_layers) left out. `schedule.py` unrolls it.
+
+Ids are `<op>.<k>`: the k-th nano-op of that op in token order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..search_spaces.schema import Dtype, RowOrder
+
+SCHEMA = "nanoflow-plan/1"
+Lane = str
+"""Nano-ops of one lane run one after the other, lanes run side by side."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NanoBatch:
+    """A contiguous range of dense-batch rows: its decode rows first, then its prefill rows."""
+
+    tokens: tuple[int, int]
+    """Half-open range of rows."""
+    decode_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows in all."""
+        return self.tokens[1] - self.tokens[0]
+
+    def __post_init__(self) -> None:
+        start, end = self.tokens
+        if not 0 <= start < end:
+            raise ValueError(f"`tokens` must be a range 0 <= start < end, but got {self.tokens}")
+        if not 0 <= self.decode_tokens <= end - start:
+            raise ValueError(
+                "`decode_tokens` must lie between 0 and the rows of the nano-batch, but got "
+                f"decode_tokens={self.decode_tokens}, tokens={self.tokens}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NanoOp:
+    """One operation on one range of rows, with its lane, its SMs and its kernel."""
+
+    op: str
+    tokens: tuple[int, int]
+    """Half-open range of dense-batch rows."""
+    lane: Lane
+    num_sms: int
+    variant: str
+    """Name of a registered kernel variant, e.g. `cublas`, `triton_128x256`, `nccl`."""
+    stage: int = 0
+    after: tuple[str, ...] = ()
+    """Ids of nano-ops it waits for beyond its data dependencies: of this period when they come
+    earlier in issue order, of the previous period otherwise."""
+
+    def __post_init__(self) -> None:
+        start, end = self.tokens
+        if not 0 <= start < end:
+            raise ValueError(
+                f"`tokens` must be a range 0 <= start < end, but got {self.tokens} in {self.op}"
+            )
+        if self.num_sms <= 0 or self.stage < 0:
+            raise ValueError(
+                "`num_sms` must be positive and `stage` not negative, but got "
+                f"num_sms={self.num_sms}, stage={self.stage} in {self.op}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """One period of the layer pattern."""
+
+    name: str
+    """What kind of schedule it is: `sequential`, `nano_only`, `equal_split`, `overlapped`."""
+    nano_batches: tuple[NanoBatch, ...]
+    nano_ops: tuple[NanoOp, ...]
+    """In issue order."""
+
+    @property
+    def dense_batch_tokens(self) -> int:
+        """Rows of the dense batch."""
+        return self.nano_batches[-1].tokens[1]
+
+    @property
+    def lanes(self) -> tuple[Lane, ...]:
+        """Lanes in order of first use."""
+        return tuple(dict.fromkeys(nano_op.lane for nano_op in self.nano_ops))
+
+    @property
+    def max_stage(self) -> int:
+        """How many layers the pattern spans beyond one."""
+        return max(nano_op.stage for nano_op in self.nano_ops)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Id of each nano-op, in issue order."""
+        order = sorted(
+            range(len(self.nano_ops)), key=lambda i: (self.nano_ops[i].op, self.nano_ops[i].tokens)
+        )
+        ids = [""] * len(order)
+        counts: dict[str, int] = {}
+        for i in order:
+            op = self.nano_ops[i].op
+            ids[i] = f"{op}.{counts.get(op, 0)}"
+            counts[op] = counts.get(op, 0) + 1
+        return tuple(ids)
+
+    @property
+    def is_overlapped(self) -> bool:
+        """At least two nano-batches and two lanes."""
+        return len(self.nano_batches) > 1 and len(self.lanes) > 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Time of one iteration under one schedule, and where the figure comes from."""
+
+    period_us: float
+    """One whole iteration: all layers, LM head, sampling."""
+    source: str
+    """`measured`, `predicted` (from measured rows) or `roofline`."""
+    p10_us: float = 0.0
+    p90_us: float = 0.0
+    joules: float = 0.0
+    """Of one iteration, all GPUs."""
+    watts: float = 0.0
+    """Mean of one GPU."""
+    sm_clock_mhz: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A schedule with what the cost model says of it and, once executed, what was measured."""
+
+    schedule: Schedule
+    predicted: Timing
+    measured: Timing | None = None
+
+    @property
+    def best_known(self) -> Timing:
+        """Measured when there is a measurement, predicted otherwise."""
+        return self.measured or self.predicted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """Result of comparing the planned run with the unsplit sequential run."""
+
+    passed: bool
+    device: str
+    model: str
+    """The model that was run: the real one, or its scaled-down form."""
+    num_layers: int
+    num_ranks: int
+    dtype: Dtype
+    max_relative_error: float
+    """Largest ||a-b|| / ||b|| over all layers' outputs and ranks."""
+    tolerance: float
+    orders_checked: int
+    """Plan order plus random legal orders that were run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """What to run at one dense-batch size and mix."""
+
+    dense_batch_tokens: int
+    decode_tokens: int
+    decode_context_tokens: float
+    prefill_context_tokens: float
+    row_order: RowOrder
+    winner: Candidate
+    sequential: Candidate
+    best_overlapped: Candidate
+    lower_bound_us: float
+    power_limit_us: float
+    bound: str
+    """What binds: `compute`, `memory`, `network` or `power`."""
+    verification: tuple[Verification, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The emitted YAML. Hashes name the exact inputs that it was made from."""
+
+    schema: str = SCHEMA
+    model: str
+    hardware: str
+    workload: str
+    num_gpus: int
+    dtype: Dtype
+    kv_dtype: Dtype
+    page_size: int
+    """Tokens of one KV-cache page."""
+    inputs: dict[str, str] = field(default_factory=dict[str, str])
+    """Content hashes of model, hardware, workload, space and profile."""
+    created_by: str = ""
+    """Tool version and commit."""
+    buckets: tuple[Bucket, ...]

@@ -1,0 +1,223 @@
+"""The four input records of a search: ModelSpec, HardwareSpec, WorkloadSpec, SearchSpace.
+
+Everything downstream (op graph, profile, plan) is a function of these. They are plain data:
+frozen, hashable, base SI units, no torch. `loader.py` reads them from YAML and from Hugging Face
+`config.json` files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Architecture = Literal["llama", "qwen2"]
+Dtype = Literal["bfloat16", "float16", "float32"]
+RowOrder = Literal["decodes_first", "interleaved"]
+
+DTYPE_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def _require(condition: bool, rule: str, **values: object) -> None:
+    if not condition:
+        got = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        raise ValueError(f"{rule}, but got {got}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """A dense decoder-only transformer; field names as in a Hugging Face `config.json`."""
+
+    name: str
+    architecture: Architecture
+    """`qwen2` adds a bias to the fused key, query and value projection."""
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool = False
+    torch_dtype: Dtype = "bfloat16"
+    """Type of weights, activations and KV cache."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "vocab_size",
+            "max_position_embeddings",
+        ):
+            _require(getattr(self, name) > 0, f"`{name}` must be positive", name=getattr(self, name))
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            "`num_attention_heads` must be a multiple of `num_key_value_heads`",
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+        )
+        _require(
+            self.head_dim % 2 == 0, "`head_dim` must be even (rotary)", head_dim=self.head_dim
+        )
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of one weight, activation or KV element."""
+        return DTYPE_BYTES[self.torch_dtype]
+
+    @property
+    def qo_size(self) -> int:
+        """Width of the queries, and of the attention output."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of the keys (and of the values)."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the fused KQV projection adds a bias."""
+        return self.architecture == "qwen2"
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one layer, its two norms included."""
+        hidden, qkv = self.hidden_size, self.qo_size + 2 * self.kv_size
+        attention = hidden * qkv + self.qo_size * hidden + (qkv if self.has_qkv_bias else 0)
+        return attention + 3 * hidden * self.intermediate_size + 2 * hidden
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, counted from its shapes."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_hidden_layers * self.layer_parameters + embeddings + self.hidden_size
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self.num_parameters * self.dtype_bytes
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token in all layers (all tensor-parallel ranks)."""
+        return 2 * self.kv_size * self.num_hidden_layers * self.dtype_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HardwareSpec:
+    """One accelerator, by its datasheet; live values are checked against it at start."""
+
+    name: str
+    device_name: str
+    """What the driver calls it, e.g. `NVIDIA H200`."""
+    num_sms: int
+    sm_granularity: int
+    """Smallest SM partition and its alignment."""
+    peak_flops_per_s: dict[str, float]
+    """Dense peak by dtype name."""
+    memory_bytes: int
+    memory_bytes_per_s: float
+    l2_bytes: int
+    link_bytes_per_s: float
+    """Interconnect bandwidth of one GPU, one way."""
+    max_link_gpus: int
+    """GPUs that share the fast interconnect."""
+    power_cap_w: float
+
+    def __post_init__(self) -> None:
+        for name in ("num_sms", "sm_granularity", "memory_bytes", "memory_bytes_per_s"):
+            _require(getattr(self, name) > 0, f"`{name}` must be positive", name=getattr(self, name))
+        for dtype, flops in self.peak_flops_per_s.items():
+            _require(flops > 0, "`peak_flops_per_s` must be positive", dtype=dtype, flops=flops)
+
+    def peak(self, dtype: str) -> float:
+        """Dense FLOP/s of a dtype.
+
+        Raises:
+            ValueError: the YAML gives no peak for this dtype.
+        """
+        if dtype not in self.peak_flops_per_s:
+            known = ", ".join(sorted(self.peak_flops_per_s))
+            raise ValueError(f"{self.name} has no peak for dtype {dtype!r}; it knows {known}")
+        return self.peak_flops_per_s[dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadSpec:
+    """Average request of the traffic that a plan is made for."""
+
+    name: str
+    prompt_tokens: float
+    """Mean prompt length (`p` of the paper)."""
+    decode_tokens: float
+    """Mean generated length (`d` of the paper)."""
+    prompt_tokens_std: float = 0.0
+    decode_tokens_std: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(
+            self.prompt_tokens > 0, "`prompt_tokens` must be positive", value=self.prompt_tokens
+        )
+        _require(
+            self.decode_tokens >= 0,
+            "`decode_tokens` must not be negative",
+            value=self.decode_tokens,
+        )
+
+    @property
+    def decode_fraction(self) -> float:
+        """Share of decode rows in a steady dense batch: d / (p + d)."""
+        return self.decode_tokens / (self.prompt_tokens + self.decode_tokens)
+
+    @property
+    def decode_context_tokens(self) -> float:
+        """Mean KV length that a decode row reads: p + d / 2."""
+        return self.prompt_tokens + self.decode_tokens / 2
+
+    @property
+    def prefill_context_tokens(self) -> float:
+        """Mean number of keys that a prefill row attends to, causally: (p + 1) / 2."""
+        return (self.prompt_tokens + 1) / 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchSpace:
+    """What the search may decide, and how long it may think."""
+
+    name: str
+    dense_batch_tokens: tuple[int, ...]
+    """Dense-batch sizes considered; the largest that fits the memory is the default bucket."""
+    token_granularity: int
+    """Nano-batch boundaries are multiples of this."""
+    max_nano_batches: int
+    row_orders: tuple[RowOrder, ...]
+    sm_shares: tuple[int, ...]
+    """SM shares a nano-op may take when it shares the GPU; the whole GPU is always allowed."""
+    network_sm_shares: tuple[int, ...]
+    """SM shares of a collective that runs beside other work."""
+    milp_time_limit_s: float
+    milp_relative_gap: float
+    simulator_trials: int
+    """Optuna trials on the simulator."""
+    hardware_trials: int
+    """Optuna trials executed and measured, where there is a GPU."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_nano_batches >= 1, "`max_nano_batches` must be at least 1", value=self)
+        _require(
+            self.token_granularity > 0, "`token_granularity` must be positive", space=self.name
+        )
+        for tokens in self.dense_batch_tokens:
+            _require(
+                tokens > 0 and tokens % self.token_granularity == 0,
+                "`dense_batch_tokens` must be positive multiples of `token_granularity`",
+                tokens=tokens,
+                token_granularity=self.token_granularity,
+            )
