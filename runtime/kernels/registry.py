@@ -1,0 +1,212 @@
+"""Kernel variants by op kind: what the profiler times, the search chooses and the executor runs.
+
+Every variant of a kind has the same signature, given by the Protocols below. A variant writes only
+the rows it was given. `num_sms` is the share it runs on: persistent kernels size their grid by it.
+
+Shape legend: T rows of the call, D hidden, K GEMM depth, N GEMM width, C = (qo + 2 kv) x head dim,
+Q = qo heads x head dim, F ffn width, R decode rows, S prefill segments, P pages, G kv heads,
+B tokens of a page, H head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..op_graph import OpKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadShape:
+    """Heads of one tensor-parallel rank."""
+
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def qo_size(self) -> int:
+        """Width of queries and of attention output."""
+        return self.num_qo_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of keys, and of values."""
+        return self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeRows:
+    """Decode rows of a token range: each row is one request reading its own KV cache."""
+
+    row_ids_R: Tensor
+    """int32: row of the dense batch."""
+    kv_lens_R: Tensor
+    """int32: keys in the cache, the row's own included."""
+    page_table_RP: Tensor
+    """int32: pages of each request, in order; padded with 0."""
+    max_kv_len: int
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.row_ids_R.shape[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillRows:
+    """Prefill rows of a token range: segments of consecutive tokens, one request each."""
+
+    row_starts_S: Tensor
+    """int32: first dense-batch row of the segment."""
+    num_rows_S: Tensor
+    """int32."""
+    position_starts_S: Tensor
+    """int32: position of the first row within its request; row i attends to keys 0..start + i."""
+    page_table_SP: Tensor
+    """int32, padded with 0."""
+    segment_rows: tuple[int, ...]
+    """`num_rows_S` on the host: persistent kernels build their work list from it."""
+    max_kv_len: int
+
+    @property
+    def num_segments(self) -> int:
+        """S."""
+        return len(self.segment_rows)
+
+
+class Gemm(Protocol):
+    """out_TN = x_TK @ weight_NK^T (+ bias_N)."""
+
+    def __call__(
+        self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, out_TN: Tensor, num_sms: int
+    ) -> None: ...
+
+
+class Norm(Protocol):
+    """residual_TD += delta_TD (when given); out_TD = RMSNorm(residual_TD) * weight_D."""
+
+    def __call__(
+        self,
+        residual_TD: Tensor,
+        delta_TD: Tensor | None,
+        weight_D: Tensor,
+        out_TD: Tensor,
+        eps: float,
+        num_sms: int,
+    ) -> None: ...
+
+
+class RopeAppend(Protocol):
+    """Rotate q and k of qkv_TC in place (half-split form); append k and v to the paged cache.
+
+    cos_sin_LH is fp32 with L positions: H / 2 cosines, then H / 2 sines. Row t goes to slot
+    slots_T[t] = page * page_size + offset of k_pages_PGBH and v_pages_PGBH.
+    """
+
+    def __call__(
+        self,
+        qkv_TC: Tensor,
+        positions_T: Tensor,
+        slots_T: Tensor,
+        cos_sin_LH: Tensor,
+        k_pages_PGBH: Tensor,
+        v_pages_PGBH: Tensor,
+        heads: HeadShape,
+        num_sms: int,
+    ) -> None: ...
+
+
+class DecodeAttention(Protocol):
+    """out[row] = softmax(q[row] K^T / sqrt(H)) V over the row's own request, GQA.
+
+    qkv_TC and out_TQ are whole dense-batch buffers; rows.row_ids_R selects.
+    """
+
+    def __call__(
+        self,
+        qkv_TC: Tensor,
+        k_pages_PGBH: Tensor,
+        v_pages_PGBH: Tensor,
+        rows: DecodeRows,
+        out_TQ: Tensor,
+        heads: HeadShape,
+        num_sms: int,
+    ) -> None: ...
+
+
+class PrefillAttention(Protocol):
+    """Causal attention of each segment's rows over its request's cached keys, GQA."""
+
+    def __call__(
+        self,
+        qkv_TC: Tensor,
+        k_pages_PGBH: Tensor,
+        v_pages_PGBH: Tensor,
+        rows: PrefillRows,
+        out_TQ: Tensor,
+        heads: HeadShape,
+        num_sms: int,
+    ) -> None: ...
+
+
+class SiluMul(Protocol):
+    """out_TF = silu(gate) * up, where up_gate_T2F holds up in its first F columns, gate after."""
+
+    def __call__(self, up_gate_T2F: Tensor, out_TF: Tensor, num_sms: int) -> None: ...
+
+
+class AllReduce(Protocol):
+    """Sum x_TD over the ranks of `group` (a torch ProcessGroup), in place."""
+
+    def __call__(self, x_TD: Tensor, group: Any, num_sms: int) -> None: ...
+
+
+Kernel = Callable[..., None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One registered kernel."""
+
+    kind: OpKind
+    name: str
+    device_type: str
+    """`cuda` or `cpu`."""
+    kernel: Kernel
+
+
+_VARIANTS: dict[tuple[OpKind, str, str], Variant] = {}
+
+
+def register(kind: OpKind, name: str, device_type: str) -> Callable[[Kernel], Kernel]:
+    """Decorator: make a kernel known as variant `name` of `kind` on one device type."""
+
+    def add(kernel: Kernel) -> Kernel:
+        _VARIANTS[kind, name, device_type] = Variant(
+            kind=kind, name=name, device_type=device_type, kernel=kernel
+        )
+        return kernel
+
+    return add
+
+
+def variants(kind: OpKind, device_type: str) -> tuple[str, ...]:
+    """Names of the variants of a kind, in the order they were registered."""
+    return tuple(v.name for v in _VARIANTS.values() if (v.kind, v.device_type) == (kind, device_type))
+
+
+def kernel(kind: OpKind, name: str, device_type: str) -> Kernel:
+    """The kernel of a variant; on a CPU every variant is the torch one of its kind.
+
+    Raises:
+        ValueError: no such variant on this device; the message lists the known ones.
+    """
+    found = _VARIANTS.get((kind, "torch" if device_type == "cpu" else name, device_type))
+    if found is None:
+        known = ", ".join(variants(kind, device_type)) or "none"
+        raise ValueError(f"no variant {name!r} of {kind} on {device_type}; known: {known}")
+    return found.kernel
