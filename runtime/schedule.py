@@ -11,7 +11,7 @@ what is not written yet, and nano-ops that can run at once on more SMs than the 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from .op_graph import Dependency, OpGraph, RowMix
@@ -73,19 +73,13 @@ def data_edges(schedule: Schedule, graph: OpGraph) -> Iterator[tuple[int, int, i
 def period_edges(schedule: Schedule, graph: OpGraph) -> Iterator[tuple[int, int, int]]:
     """Yield (before index, after index, periods between) for every wait of the pattern.
 
-    Data dependencies become period distances through the stages; lane order links each nano-op to
-    the one before it in its lane, the first to the last of the previous period.
+    Data dependencies become period distances through the stages. The order within a lane is not
+    listed here: in the first and last periods some nano-ops of a lane are left out, so `unroll`
+    links the instances themselves.
     """
     for producer, consumer, distance in data_edges(schedule, graph):
         stages = schedule.nano_ops[consumer].stage - schedule.nano_ops[producer].stage
         yield producer, consumer, distance + stages
-    by_lane: dict[str, list[int]] = {}
-    for index, nano_op in enumerate(schedule.nano_ops):
-        by_lane.setdefault(nano_op.lane, []).append(index)
-    for indices in by_lane.values():
-        for before, after in zip(indices, indices[1:], strict=False):
-            yield before, after, 0
-        yield indices[-1], indices[0], 1
     position = {name: index for index, name in enumerate(schedule.ids)}
     for index, nano_op in enumerate(schedule.nano_ops):
         for name in nano_op.after:
@@ -114,21 +108,23 @@ def unroll(schedule: Schedule, graph: OpGraph, num_layers: int) -> list[Instance
                 position[index, period] = len(order)
                 order.append((index, period))
     instances: list[Instance] = []
+    last_of_lane: dict[str, int] = {}
     for here, (index, period) in enumerate(order):
-        waits: set[int] = set()
+        nano_op = schedule.nano_ops[index]
+        waits = {last_of_lane[nano_op.lane]} if nano_op.lane in last_of_lane else set[int]()
+        last_of_lane[nano_op.lane] = here
         for before, periods in edges.get(index, ()):
             there = position.get((before, period - periods))
             if there is None:
                 continue
             if there >= here:
                 raise IllegalScheduleError(
-                    f"illegal order: {schedule.ids[index]} (stage {schedule.nano_ops[index].stage})"
-                    f" needs {schedule.ids[before]} (stage {schedule.nano_ops[before].stage}), "
+                    f"illegal order: {schedule.ids[index]} (stage {nano_op.stage}) needs "
+                    f"{schedule.ids[before]} (stage {schedule.nano_ops[before].stage}), "
                     "which is issued later; move it behind, or raise its stage"
                 )
             waits.add(there)
-        layer = period - schedule.nano_ops[index].stage
-        instances.append(Instance(index, layer, tuple(sorted(waits))))
+        instances.append(Instance(index, period - nano_op.stage, tuple(sorted(waits))))
     return instances
 
 
@@ -163,14 +159,35 @@ def check(schedule: Schedule, graph: OpGraph, num_sms: int, sm_granularity: int)
     _check_coverage(schedule, graph)
     for name, nano_op in zip(schedule.ids, schedule.nano_ops, strict=True):
         _check_share(name, nano_op.num_sms, num_sms, sm_granularity)
-    for a, b in sorted(concurrent_pairs(schedule, graph)):
-        first, second = schedule.nano_ops[a], schedule.nano_ops[b]
-        if first.num_sms + second.num_sms > num_sms:
-            raise IllegalScheduleError(
-                f"{schedule.ids[a]} on {first.num_sms} SMs and {schedule.ids[b]} on "
-                f"{second.num_sms} SMs can run at the same time, but the GPU has {num_sms}: lower "
-                "a share, or order them with `after`"
-            )
+    for group in share_conflicts(schedule, concurrent_pairs(schedule, graph), num_sms):
+        shares = " and ".join(
+            f"{schedule.ids[index]} on {schedule.nano_ops[index].num_sms} SMs" for index in group
+        )
+        raise IllegalScheduleError(
+            f"{shares} can run at the same time, but the GPU has {num_sms}: lower a share, or "
+            "order them with `after`"
+        )
+
+
+def share_conflicts(
+    schedule: Schedule, pairs: set[tuple[int, int]], num_sms: int
+) -> list[tuple[int, ...]]:
+    """Pairs and triples of nano-ops that can all run at once on more SMs than the GPU has.
+
+    Three lanes are the most a plan uses, so that triples suffice; a triple of which a pair is
+    already too much is not listed again.
+    """
+    share = [nano_op.num_sms for nano_op in schedule.nano_ops]
+    conflicts: list[tuple[int, ...]] = [
+        (a, b) for a, b in sorted(pairs) if share[a] + share[b] > num_sms
+    ]
+    fitting = pairs - set(conflicts)
+    for a, b in sorted(fitting):
+        for c in range(b + 1, len(share)):
+            together = (a, c) in fitting and (b, c) in fitting
+            if together and share[a] + share[b] + share[c] > num_sms:
+                conflicts.append((a, b, c))
+    return conflicts
 
 
 def _check_nano_batches(schedule: Schedule) -> None:
@@ -221,22 +238,29 @@ def _check_share(name: str, share: int, num_sms: int, granularity: int) -> None:
 
 
 def serialize_conflicts(schedule: Schedule, graph: OpGraph, num_sms: int) -> Schedule:
-    """Add `after` edges, in issue order, until what can run at once fits on the GPU."""
+    """Add `after` edges, in issue order, until what can run at once fits on the GPU.
+
+    Of three nano-ops that do not fit together, the two with the fewest SMs take turns.
+
+    Raises:
+        IllegalScheduleError: order alone cannot help, because the pattern is illegal in itself.
+    """
     ids = schedule.ids
     while True:
-        conflicts = [
-            (a, b)
-            for a, b in sorted(concurrent_pairs(schedule, graph))
-            if schedule.nano_ops[a].num_sms + schedule.nano_ops[b].num_sms > num_sms
-        ]
+        conflicts = share_conflicts(schedule, concurrent_pairs(schedule, graph), num_sms)
         if not conflicts:
             return schedule
         nano_ops = list(schedule.nano_ops)
-        for a, b in conflicts:
+        for group in conflicts:
+            by_share = sorted(group, key=lambda index: (schedule.nano_ops[index].num_sms, index))
+            a, b = sorted(by_share[:2])
             for before, after in ((a, b), (b, a)):
                 if ids[before] not in nano_ops[after].after:
                     names = (*nano_ops[after].after, ids[before])
                     nano_ops[after] = replace(nano_ops[after], after=names)
+        if tuple(nano_ops) == schedule.nano_ops:
+            names = ", ".join(ids[index] for index in conflicts[0])
+            raise IllegalScheduleError(f"no order keeps {names} apart; lower their shares")
         schedule = replace(schedule, nano_ops=tuple(nano_ops))
 
 
@@ -259,11 +283,3 @@ def random_legal_order(instances: list[Instance], seed: int) -> list[int]:
                 ready.append(follower)
     return order
 
-
-def longest_path_us(instances: Iterable[Instance], duration_us: dict[int, float]) -> float:
-    """Time of the unrolled list if every nano-op took its solo time: an upper check, not a model."""
-    finish: list[float] = []
-    for instance in instances:
-        start = max((finish[there] for there in instance.waits_for), default=0.0)
-        finish.append(start + duration_us[instance.index])
-    return max(finish, default=0.0)

@@ -55,16 +55,16 @@ class ModelSpec:
             "vocab_size",
             "max_position_embeddings",
         ):
-            _require(getattr(self, name) > 0, f"`{name}` must be positive", name=getattr(self, name))
+            _require(
+                getattr(self, name) > 0, f"`{name}` must be positive", name=getattr(self, name)
+            )
         _require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             "`num_attention_heads` must be a multiple of `num_key_value_heads`",
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=self.num_key_value_heads,
         )
-        _require(
-            self.head_dim % 2 == 0, "`head_dim` must be even (rotary)", head_dim=self.head_dim
-        )
+        _require(self.head_dim % 2 == 0, "`head_dim` must be even (rotary)", head_dim=self.head_dim)
 
     @property
     def dtype_bytes(self) -> int:
@@ -133,7 +133,9 @@ class HardwareSpec:
 
     def __post_init__(self) -> None:
         for name in ("num_sms", "sm_granularity", "memory_bytes", "memory_bytes_per_s"):
-            _require(getattr(self, name) > 0, f"`{name}` must be positive", name=getattr(self, name))
+            _require(
+                getattr(self, name) > 0, f"`{name}` must be positive", name=getattr(self, name)
+            )
         for dtype, flops in self.peak_flops_per_s.items():
             _require(flops > 0, "`peak_flops_per_s` must be positive", dtype=dtype, flops=flops)
 

@@ -1,0 +1,239 @@
+"""What one op costs on a share of the SMs, and how much two ops disturb each other.
+
+Three sources, best first, and every figure says which one it is from:
+
+    measured      the profile holds this very point
+    interpolated  between or beyond the profile's points of this kernel, or carried over from the
+                  nearest measured shape by its utilisation (measured time / roofline time)
+    roofline      nothing of this kind was measured
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from math import log
+from typing import cast
+
+from ..profiler.profile import EnergyModel, PairRow, Point, Profile, Row, Source
+from ..runtime.op_graph import Op, OpGraph, OpKind, RowMix
+from ..search_spaces.schema import DTYPE_BYTES, Dtype, HardwareSpec
+from .kernel_grid import KernelGrid
+from .roofline import (
+    RESOURCE_OF_KIND,
+    memory_share,
+    op_of_shape,
+    roofline_us,
+    shape_distance,
+)
+
+DEFAULT_VARIANTS: dict[OpKind, str] = {"gemm": "cublas", "all_reduce": "nccl"}
+"""Kernel named in a plan where nothing was measured; `triton` for every other kind."""
+
+H200_ENERGY = EnergyModel(
+    static_w=117.0, joules_per_flop=0.85e-12, joules_per_byte=130e-12, relative_error=0.1
+)
+"""Measured on one H200 by hand; stands in for profiles of that card without an energy fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Cost of one op on one GPU."""
+
+    us: float
+    joules: float
+    """Dynamic and static; 0 where no energy model is known."""
+    source: Source
+
+
+NO_WORK = Estimate(0.0, 0.0, "measured")
+"""An op without rows is not launched."""
+
+
+class CostModel:
+    """Estimates from a profile, or from the datasheet when `profile` is None."""
+
+    def __init__(
+        self, profile: Profile | None, hardware: HardwareSpec, dtype: str | None = None
+    ) -> None:
+        self.profile = profile
+        self.hardware = hardware
+        self.dtype = dtype or (profile.dtype if profile else "bfloat16")
+        self.energy = energy_model(profile, hardware)
+        self._op_of_shape = cache(op_of_shape)
+        self._grids = self._build_grids()
+        self._pairs = _index_pairs(profile.pairs if profile else ())
+        self._estimates: dict[tuple[object, ...], Estimate] = {}
+        self.variants = cache(self._variants)
+        self.slowdown = cache(self._slowdown)
+        self._nearest_shape = cache(self._find_nearest_shape)
+
+    def estimate(self, op: Op, mix: RowMix, num_sms: int, variant: str) -> Estimate:
+        """Time and energy of one variant on `num_sms` SMs, alone on the GPU."""
+        rows, context = op.rows(mix), op.context(mix)
+        if rows <= 0:
+            return NO_WORK
+        key = (op.kind, op.shape, rows, context, num_sms, variant)
+        if key not in self._estimates:
+            self._estimates[key] = self._estimate(op, mix, rows, context, num_sms, variant)
+        return self._estimates[key]
+
+    def best(self, op: Op, mix: RowMix, num_sms: int) -> tuple[str, Estimate]:
+        """The fastest variant at that share, and its cost."""
+        options = [(self.estimate(op, mix, num_sms, name), name) for name in self.variants(op)]
+        estimate, variant = min(options, key=lambda option: (option[0].us, option[1]))
+        return variant, estimate
+
+    def iteration_overhead(self, graph: OpGraph, mix: RowMix) -> Estimate:
+        """Embedding, final norm, LM head and sampling: what an iteration has beyond its layers.
+
+        Logits are needed of each decode row and of the last row of each prompt.
+        """
+        logits = logit_mix(mix)
+        parts = [self.best(op, mix, self.hardware.num_sms)[1] for op in graph.prologue]
+        parts += [self.best(op, logits, self.hardware.num_sms)[1] for op in graph.epilogue]
+        return Estimate(
+            sum(part.us for part in parts),
+            sum(part.joules for part in parts),
+            worst_source(part.source for part in parts),
+        )
+
+    def iteration_overhead_us(self, graph: OpGraph, mix: RowMix) -> float:
+        """Time of an iteration beyond its layers, in us."""
+        return self.iteration_overhead(graph, mix).us
+
+    def _variants(self, op: Op) -> tuple[str, ...]:
+        """Variants with measured rows, of this shape or, failing that, of any shape of the kind."""
+        known = {key[2] for key in self._grids if key[:2] == (op.kind, op.shape)}
+        known = known or {key[2] for key in self._grids if key[0] == op.kind}
+        return tuple(sorted(known)) or (DEFAULT_VARIANTS.get(op.kind, "triton"),)
+
+    def _estimate(
+        self, op: Op, mix: RowMix, rows: float, context: float, num_sms: int, variant: str
+    ) -> Estimate:
+        kv_len = _profile_kv_len(op.kind, context)
+        shape = self._nearest_shape(op.kind, op.shape, variant)
+        target_us = roofline_us(op, mix, num_sms, self.hardware, self.dtype)
+        if shape is None:
+            return Estimate(target_us, self._joules(op, mix, target_us), "roofline")
+        grid = self._grids[op.kind, shape, variant]
+        time = grid.time(rows, kv_len, num_sms)
+        if shape != op.shape:
+            twin_us = self._roofline_at(op.kind, shape, rows, kv_len, num_sms)
+            us = time.us * target_us / twin_us
+            return Estimate(us, self._joules(op, mix, us), "interpolated")
+        if not time.is_measured:
+            return Estimate(time.us, self._joules(op, mix, time.us), "interpolated")
+        row = grid.rows[int(rows), int(kv_len), num_sms]
+        has_joules = row.joules_source != "missing" and row.joules > 0
+        joules = row.joules if has_joules else self._joules(op, mix, time.us)
+        return Estimate(time.us, joules, row.source)
+
+    def _joules(self, op: Op, mix: RowMix, us: float) -> float:
+        if self.energy is None:
+            return 0.0
+        dynamic = self.energy.dynamic_joules(
+            op.flops(mix), op.memory_bytes(mix), op.link_bytes(mix)
+        )
+        return dynamic + self.energy.static_w * us * 1e-6
+
+    def _build_grids(self) -> dict[tuple[OpKind, str, str], KernelGrid]:
+        rows = defaultdict[tuple[OpKind, str, str], list[Row]](list)
+        for row in self.profile.usable_rows if self.profile else ():
+            point = row.point
+            rows[cast(OpKind, point.kind), point.shape, point.variant].append(row)
+        return {
+            (kind, shape, variant): KernelGrid(group, partial(self._roofline_at, kind, shape))
+            for (kind, shape, variant), group in rows.items()
+        }
+
+    def _roofline_at(
+        self, kind: OpKind, shape: str, rows: float, kv_len: float, num_sms: int
+    ) -> float:
+        """Roofline time of a profiled kernel at any point, in us."""
+        op = self._op_of_shape(kind, shape, DTYPE_BYTES[cast(Dtype, self.dtype)])
+        mix = mix_of_rows(kind, rows, kv_len)
+        return roofline_us(op, mix, num_sms, self.hardware, self.dtype)
+
+    def _find_nearest_shape(self, kind: OpKind, shape: str, variant: str) -> str | None:
+        shapes = sorted(key[1] for key in self._grids if (key[0], key[2]) == (kind, variant))
+        if shape in shapes:
+            return shape
+        return min(shapes, key=lambda other: shape_distance(shape, other), default=None)
+
+    def _slowdown(self, op_a: Op, num_sms_a: int, op_b: Op, num_sms_b: int) -> float:
+        """Time of A beside B / time of A alone on the same SMs.
+
+        The measured pair of these kinds with the nearest shares, else of these resources, else
+        what sharing the memory bandwidth costs when both are bound by it.
+        """
+        resources = RESOURCE_OF_KIND[op_a.kind], RESOURCE_OF_KIND[op_b.kind]
+        measured = self._pairs.get((op_a.kind, op_b.kind)) or self._pairs.get(resources)
+        if not measured:
+            if resources != ("memory", "memory"):
+                return 1.0
+            shares = (memory_share(sms, self.hardware) for sms in (num_sms_a, num_sms_b))
+            return max(1.0, sum(shares))
+        distances = [
+            (abs(log(num_sms_a / sms_a)) + abs(log(num_sms_b / sms_b)), slowdown)
+            for sms_a, sms_b, slowdown in measured
+        ]
+        nearest = min(distance for distance, _ in distances)
+        close = [slowdown for distance, slowdown in distances if distance <= nearest + 1e-9]
+        return sum(close) / len(close)
+
+
+def energy_model(profile: Profile | None, hardware: HardwareSpec) -> EnergyModel | None:
+    """The profile's fit; the H200's hand-measured one for that card; otherwise none."""
+    if profile is not None and profile.energy is not None:
+        return profile.energy
+    return H200_ENERGY if hardware.name.startswith("h200") else None
+
+
+def logit_mix(mix: RowMix) -> RowMix:
+    """Rows of the LM head: each decode row, and one per prompt."""
+    prompt_tokens = max(1.0, _profile_kv_len("prefill_attention", mix.prefill_context_tokens))
+    rows = mix.decode_tokens + mix.prefill_tokens / prompt_tokens
+    return replace(mix, decode_tokens=rows, prefill_tokens=0.0)
+
+
+def mix_of_rows(kind: str, rows: float, kv_len: float) -> RowMix:
+    """The mix that a profile row was measured on; `kv_len` as in `Point.kv_len`."""
+    is_prefill = kind == "prefill_attention"
+    return RowMix(
+        decode_tokens=0.0 if is_prefill else rows,
+        prefill_tokens=rows if is_prefill else 0.0,
+        decode_context_tokens=kv_len,
+        prefill_context_tokens=(kv_len + 1) / 2,
+    )
+
+
+def worst_source(sources: Iterable[Source]) -> Source:
+    """The least trustworthy of the sources."""
+    ranks: tuple[Source, ...] = ("measured", "interpolated", "roofline")
+    return max(sources, key=ranks.index, default="measured")
+
+
+def _profile_kv_len(kind: str, context: float) -> float:
+    """`Point.kv_len` of a mean context: the prompt length, for causal prefill."""
+    return 2 * context - 1 if kind == "prefill_attention" else context
+
+
+def _index_pairs(
+    pairs: Iterable[PairRow],
+) -> dict[tuple[str, str], tuple[tuple[int, int, float], ...]]:
+    """(kind or resource of A, of B) -> (SMs of A, SMs of B, slowdown of A), both ways round."""
+    found = defaultdict[tuple[str, str], list[tuple[int, int, float]]](list)
+
+    def add(a: Point, b: Point, slowdown: float) -> None:
+        entry = a.num_sms, b.num_sms, max(slowdown, 1e-3)
+        kinds = cast(OpKind, a.kind), cast(OpKind, b.kind)
+        found[kinds].append(entry)
+        found[RESOURCE_OF_KIND[kinds[0]], RESOURCE_OF_KIND[kinds[1]]].append(entry)
+
+    for pair in pairs:
+        add(pair.a, pair.b, pair.slowdown_a)
+        add(pair.b, pair.a, pair.slowdown_b)
+    return {key: tuple(entries) for key, entries in found.items()}

@@ -1,0 +1,186 @@
+"""What each nano-op of a schedule costs and reaches, and how ops gain from more SMs.
+
+From schedules and a cost model to rows of a table and curves of a figure.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ..profiler.profile import Profile
+from ..runtime.op_graph import Op, OpGraph, RowMix
+from ..runtime.plan import Schedule
+from ..runtime.schedule import row_mix
+from ..search_spaces.schema import HardwareSpec
+from .cost_model import CostModel
+from .figures import Chosen, Curve
+from .trace import Bar
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpRow:
+    """One nano-op of one layer."""
+
+    name: str
+    op: str
+    kind: str
+    resource: str
+    tokens: tuple[int, int]
+    lane: str
+    num_sms: int
+    variant: str
+    alone_us: float
+    """Alone on its SMs."""
+    beside_us: float
+    """Beside its neighbours, mean over the steady layers."""
+    throughput: float
+    """While it runs beside its neighbours."""
+    unit: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemmPeak:
+    """The FLOP/s that `percent_of_optimal` is measured against, one GPU."""
+
+    flops_per_s: float
+    source: str
+    """Where it is from, in words."""
+
+
+def gemm_peak(profile: Profile | None, hardware: HardwareSpec, dtype: str) -> GemmPeak:
+    """The best GEMM of the profile on all SMs; the datasheet's peak without one."""
+    best, best_name = 0.0, ""
+    for row in profile.usable_rows if profile else ():
+        point = row.point
+        if point.kind == "gemm" and point.num_sms == hardware.num_sms and row.median_us > 0:
+            n, k = (int(size[1:]) for size in point.shape.split("_"))
+            flops_per_s = 2.0 * n * k * point.tokens / (row.median_us * 1e-6)
+            if flops_per_s > best:
+                best = flops_per_s
+                best_name = f"{point.variant}, {point.tokens} x {n} x {k}"
+    if best:
+        return GemmPeak(flops_per_s=best, source=f"measured sustained GEMM ({best_name})")
+    return GemmPeak(flops_per_s=hardware.peak(dtype), source="datasheet peak")
+
+
+def throughput(op: Op, mix: RowMix, us: float) -> tuple[float, str]:
+    """What the op moves or computes per second in its own unit."""
+    if us <= 0:
+        return 0.0, "TFLOP/s"
+    if op.resource == "network":
+        return op.link_bytes(mix) / us * 1e-3, "GB/s"
+    if op.resource == "memory":
+        return op.memory_bytes(mix) / us * 1e-6, "TB/s"
+    return op.flops(mix) / us * 1e-6, "TFLOP/s"
+
+
+def op_rows(
+    schedule: Schedule, graph: OpGraph, cost_model: CostModel, mix: RowMix, bars: Iterable[Bar]
+) -> tuple[OpRow, ...]:
+    """One row for each nano-op, in issue order.
+
+    Args:
+        schedule: the schedule.
+        graph: its op graph.
+        cost_model: prices each nano-op alone.
+        mix: the whole dense batch, for the mean contexts.
+        bars: the schedule played out over some layers.
+    """
+    durations: dict[str, list[float]] = defaultdict(list)
+    for bar in bars:
+        durations[bar.name].append(bar.duration_us)
+    rows: list[OpRow] = []
+    for name, nano_op in zip(schedule.ids, schedule.nano_ops, strict=True):
+        op = graph.op(nano_op.op)
+        part = _part(schedule, nano_op.tokens, mix)
+        alone = cost_model.estimate(op, part, nano_op.num_sms, nano_op.variant)
+        played = durations.get(name)
+        beside_us = sum(played) / len(played) if played else alone.us
+        reached, unit = throughput(op, part, beside_us)
+        rows.append(
+            OpRow(
+                name=name,
+                op=op.name,
+                kind=op.kind,
+                resource=op.resource,
+                tokens=nano_op.tokens,
+                lane=nano_op.lane,
+                num_sms=nano_op.num_sms,
+                variant=nano_op.variant,
+                alone_us=alone.us,
+                beside_us=beside_us,
+                throughput=reached,
+                unit=unit,
+                source=alone.source,
+            )
+        )
+    return tuple(rows)
+
+
+def curves(
+    graph: OpGraph, cost_model: CostModel, mix: RowMix, schedules: Mapping[str, Schedule]
+) -> tuple[Curve, ...]:
+    """Throughput of each distinct layer op at every SM share, over the rows of the whole batch.
+
+    Args:
+        graph: the op graph; ops of one kind and shape share a curve.
+        cost_model: prices each op at each share.
+        mix: the whole dense batch.
+        schedules: whose choices to mark, by the name shown in the legend.
+    """
+    hardware = cost_model.hardware
+    shares = sorted({*range(8, hardware.num_sms, 8), hardware.num_sms})
+    distinct: dict[tuple[str, str], list[Op]] = defaultdict(list)
+    for op in graph.layer:
+        if op.rows(mix) > 0:
+            distinct[op.kind, op.shape].append(op)
+    drawn: list[Curve] = []
+    for ops in distinct.values():
+        op = ops[0]
+        estimates = [cost_model.best(op, mix, share)[1] for share in shares]
+        reached = tuple(throughput(op, mix, estimate.us)[0] for estimate in estimates)
+        sources = sorted({str(estimate.source) for estimate in estimates})
+        drawn.append(
+            Curve(
+                op=_curve_name(ops),
+                kind=op.kind,
+                unit=throughput(op, mix, 1.0)[1],
+                num_sms=tuple(shares),
+                throughput=reached,
+                source=sources[0] if len(sources) == 1 else "mixed",
+                chosen=_chosen(ops, cost_model, mix, schedules),
+            )
+        )
+    return tuple(drawn)
+
+
+def _chosen(
+    ops: list[Op], cost_model: CostModel, mix: RowMix, schedules: Mapping[str, Schedule]
+) -> tuple[Chosen, ...]:
+    by_name = {op.name: op for op in ops}
+    marks: dict[tuple[str, int], Chosen] = {}
+    for title, schedule in schedules.items():
+        for nano_op in schedule.nano_ops:
+            if nano_op.op not in by_name:
+                continue
+            op, part = by_name[nano_op.op], _part(schedule, nano_op.tokens, mix)
+            us = cost_model.estimate(op, part, nano_op.num_sms, nano_op.variant).us
+            reached = throughput(op, part, us)[0]
+            known = marks.get((title, nano_op.num_sms))
+            if us > 0 and (known is None or reached > known.throughput):
+                marks[title, nano_op.num_sms] = Chosen(
+                    num_sms=nano_op.num_sms, throughput=reached, schedule=title
+                )
+    return tuple(marks.values())
+
+
+def _curve_name(ops: list[Op]) -> str:
+    names = {"norm": "norm", "all_reduce": "all-reduce", "gemm": ", ".join(op.name for op in ops)}
+    return names.get(ops[0].kind, ops[0].name).replace("_", " ")
+
+
+def _part(schedule: Schedule, tokens: tuple[int, int], mix: RowMix) -> RowMix:
+    return row_mix(schedule, tokens, mix.decode_context_tokens, mix.prefill_context_tokens)

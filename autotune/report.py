@@ -1,0 +1,277 @@
+"""The report: what won, by how much, measured or predicted, what binds, and what to do next.
+
+`Report` holds the records of one job; `document` turns it into the JSON that `report.json` holds,
+`report.html` shows and the last line of stdout abridges to `REQUIRED_KEYS`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..runtime.plan import Bucket, Candidate, Plan, Timing
+from ..search_spaces.schema import HardwareSpec, ModelSpec
+from .capacity import DenseBatch
+from .op_table import GemmPeak, OpRow
+
+REQUIRED_KEYS = (
+    "plan",
+    "model",
+    "hardware",
+    "num_gpus",
+    "dense_batch_tokens",
+    "source",
+    "period_us",
+    "sequential_us",
+    "best_overlapped_us",
+    "speedup",
+    "lower_bound_us",
+    "power_limit_us",
+    "bound",
+    "tokens_per_s_per_gpu",
+    "joules_per_token",
+    "percent_of_optimal",
+    "verified",
+    "watts",
+    "sm_clock_mhz",
+    "commit",
+    "elapsed_s",
+)
+"""Keys of the last line of stdout, in order; `watts` and `sm_clock_mhz` are null unless measured,
+`verified` is null when verification was not asked for."""
+
+_LIFTS = {
+    "power": "at the power cap only joules per token count: fewer KV bytes, fewer passes over "
+    "activations, or a card whose cap does not bind",
+    "compute": "GEMMs bind: a lower-precision type or more GPUs lift it, overlap cannot",
+    "memory": "memory traffic binds: a smaller KV type or a larger share of prefill lifts it",
+    "network": "collectives bind: fewer GPUs a replica or a faster interconnect lifts it",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Everything that one job found out."""
+
+    plan: Plan
+    plan_path: str
+    model: ModelSpec
+    hardware: HardwareSpec
+    batch: DenseBatch
+    race: tuple[Candidate, ...]
+    certificate: Mapping[str, Any]
+    """What the solver proved, with its gap and time."""
+    op_tables: Mapping[str, tuple[OpRow, ...]]
+    """Nano-ops of each shown schedule, by its role: winner, best overlapped, sequential."""
+    gemm_peak: GemmPeak
+    profile: str
+    """Which profile, from where."""
+    provenance: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Hashes, versions, seed, profile header."""
+    reasons: tuple[str, ...] = ()
+    """What the reader should know about how the result came about."""
+    commit: str = ""
+    elapsed_s: float = 0.0
+
+    @property
+    def bucket(self) -> Bucket:
+        """The dense-batch bucket that was tuned."""
+        return self.plan.buckets[0]
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether winner and baseline were both executed and timed."""
+        return bool(self.bucket.winner.measured and self.bucket.sequential.measured)
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether the sequential plan won."""
+        return self.bucket.winner.schedule.name == "sequential"
+
+    @property
+    def verified(self) -> bool | None:
+        """Whether every verification passed; None when none was run."""
+        records = self.bucket.verification
+        return all(record.passed for record in records) if records else None
+
+    def timing(self, candidate: Candidate) -> Timing:
+        """Measured when the job is, so that like is compared with like."""
+        return candidate.best_known if self.is_measured else candidate.predicted
+
+
+def document(report: Report) -> dict[str, Any]:
+    """The whole of `report.json`."""
+    return {
+        **summary(report),
+        "verdict": verdict(report),
+        "next_step": next_step(report),
+        "reasons": list(report.reasons),
+        "profile": report.profile,
+        "optimal_reference": asdict(report.gemm_peak),
+        "prediction_error": _prediction_error(report.bucket.winner),
+        "workload": report.plan.workload,
+        "batch": _batch(report),
+        "race": [_race_row(report, candidate) for candidate in report.race],
+        "certificate": dict(report.certificate),
+        "ops": {
+            role: [asdict(row) for row in rows] for role, rows in report.op_tables.items()
+        },
+        "verification": [asdict(record) for record in report.bucket.verification],
+        "provenance": dict(report.provenance),
+    }
+
+
+def summary(report: Report) -> dict[str, Any]:
+    """The required keys."""
+    bucket, tokens = report.bucket, report.bucket.dense_batch_tokens
+    won = report.timing(bucket.winner)
+    sequential_us = report.timing(bucket.sequential).period_us
+    gpus = report.plan.num_gpus
+    needed_flops = 2.0 * report.model.num_parameters * tokens
+    optimal_us = needed_flops / (gpus * report.gemm_peak.flops_per_s) * 1e6
+    values: dict[str, Any] = {
+        "plan": report.plan_path,
+        "model": report.plan.model,
+        "hardware": report.plan.hardware,
+        "num_gpus": gpus,
+        "dense_batch_tokens": tokens,
+        "source": "measured" if report.is_measured else won.source,
+        "period_us": round(won.period_us, 1),
+        "sequential_us": round(sequential_us, 1),
+        "best_overlapped_us": round(report.timing(bucket.best_overlapped).period_us, 1),
+        "speedup": round(sequential_us / won.period_us, 4),
+        "lower_bound_us": round(bucket.lower_bound_us, 1),
+        "power_limit_us": round(bucket.power_limit_us, 1),
+        "bound": bucket.bound,
+        "tokens_per_s_per_gpu": round(tokens / (won.period_us * 1e-6) / gpus, 1),
+        "joules_per_token": _digits(won.joules / tokens),
+        "percent_of_optimal": round(100 * optimal_us / won.period_us, 2),
+        "verified": report.verified,
+        "watts": round(won.watts, 1) if report.is_measured else None,
+        "sm_clock_mhz": round(won.sm_clock_mhz) if report.is_measured else None,
+        "commit": report.commit,
+        "elapsed_s": round(report.elapsed_s, 1),
+    }
+    assert tuple(values) == REQUIRED_KEYS
+    return values
+
+
+def json_line(values: Mapping[str, Any]) -> str:
+    """The required keys of a document as one compact line."""
+    return json.dumps({key: values[key] for key in REQUIRED_KEYS}, separators=(",", ":"))
+
+
+def verdict(report: Report) -> str:
+    """What won, by how much, and how that is known, in two sentences."""
+    bucket = report.bucket
+    sequential_us = report.timing(bucket.sequential).period_us
+    overlapped_us = report.timing(bucket.best_overlapped).period_us
+    how = "measured" if report.is_measured else f"predicted from {report.profile}, not measured"
+    if report.is_sequential:
+        ratio = sequential_us / overlapped_us
+        return (
+            f"Run the sequential plan: {_ms(sequential_us)} an iteration. The best overlapped plan "
+            f"takes {_ms(overlapped_us)} ({ratio:.3f}x), so overlap does not pay here; {how}."
+        )
+    won_us = report.timing(bucket.winner).period_us
+    name = bucket.winner.schedule.name.replace("_", " ")
+    text = (
+        f"Run the {name} plan: {_ms(won_us)} an iteration, {sequential_us / won_us:.3f}x the best "
+        f"sequential plan ({_ms(sequential_us)}); {how}."
+    )
+    if overlapped_us != won_us:
+        text += f" The best overlapped plan takes {_ms(overlapped_us)}."
+    return text
+
+
+def next_step(report: Report) -> str:
+    """What binds, and what the reader should do about it."""
+    bucket, hardware = report.bucket, report.hardware
+    first = ""
+    if report.timing(bucket.winner).source == "roofline":
+        first = (
+            f"Roofline times flatter every kernel: profile the card with `nanoflow-tune profile "
+            f"--gpu {hardware.name} --model {report.model.name}`. "
+        )
+    elif not report.is_measured:
+        first = f"Run the same command on {report.plan.num_gpus} x {hardware.device_name} to measure it. "
+    floor = f"No plan beats {_ms(bucket.lower_bound_us)} at the hardware's peaks"
+    if bucket.power_limit_us > 0:
+        floor += f", or about {_ms(bucket.power_limit_us)} under the {hardware.power_cap_w:.0f} W cap"
+    return f"{first}{floor}. {bucket.bound.capitalize()} binds: {_LIFTS[bucket.bound]}."
+
+
+def race_table(values: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """The race as a rich table, from a document."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("plan")
+    for heading in ("nano-batches", "lanes", "ms/iteration", "speedup", "tokens/s/GPU"):
+        table.add_column(heading, justify="right")
+    table.add_column("source")
+    for row in values["race"]:
+        tokens_per_s = values["dense_batch_tokens"] / row["period_us"] * 1e6 / values["num_gpus"]
+        table.add_row(
+            row["name"].replace("_", " ") + (" *" if row["is_winner"] else ""),
+            str(row["num_nano_batches"]),
+            str(row["num_lanes"]),
+            f"{row['period_us'] / 1e3:.3f}",
+            f"{row['speedup']:.3f}x",
+            f"{tokens_per_s:,.0f}",
+            row["source"],
+            style="bold" if row["is_winner"] else "",
+        )
+    return table
+
+
+def _race_row(report: Report, candidate: Candidate) -> dict[str, Any]:
+    timing, schedule = report.timing(candidate), candidate.schedule
+    tokens = report.bucket.dense_batch_tokens
+    sequential_us = report.timing(report.bucket.sequential).period_us
+    return {
+        "name": schedule.name,
+        "num_nano_batches": len(schedule.nano_batches),
+        "num_lanes": len(schedule.lanes),
+        "period_us": round(timing.period_us, 1),
+        "p10_us": round(timing.p10_us, 1),
+        "p90_us": round(timing.p90_us, 1),
+        "speedup": round(sequential_us / timing.period_us, 4),
+        "source": timing.source,
+        "predicted_us": round(candidate.predicted.period_us, 1),
+        "prediction_error": _prediction_error(candidate),
+        "joules_per_token": _digits(timing.joules / tokens),
+        "watts": round(timing.watts, 1),
+        "sm_clock_mhz": round(timing.sm_clock_mhz),
+        "is_winner": schedule == report.bucket.winner.schedule,
+    }
+
+
+def _batch(report: Report) -> dict[str, Any]:
+    bucket, memory = report.bucket, report.batch.memory
+    return {
+        "decode_tokens": bucket.decode_tokens,
+        "prefill_tokens": bucket.dense_batch_tokens - bucket.decode_tokens,
+        "decode_context_tokens": bucket.decode_context_tokens,
+        "prefill_context_tokens": bucket.prefill_context_tokens,
+        "row_order": bucket.row_order,
+        **asdict(memory),
+    }
+
+
+def _prediction_error(candidate: Candidate) -> float | None:
+    """(predicted - measured) / measured; None without a measurement."""
+    if candidate.measured is None:
+        return None
+    return _digits(candidate.predicted.period_us / candidate.measured.period_us - 1)
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _ms(us: float) -> str:
+    return f"{us / 1e3:.3f} ms" if us < 1e5 else f"{us / 1e3:.1f} ms"

@@ -1,0 +1,160 @@
+"""Which points a profile run measures, and how long that takes. No torch.
+
+Solo points: every op of the graph, every variant, rows and SM shares (a share and its complement).
+Pair points: the co-runs that overlapped pipelines are made of.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..runtime.op_graph import OpGraph
+from .profile import Point
+
+TOKENS = (256, 512, 1024, 1536, 2048)
+DECODE_TOKENS = (128, *TOKENS)
+KV_LENS = (512, 1024, 2048)
+SHARES = (16, 32, 48, 64, 68, 84, 100, 116)
+NETWORK_SHARES = (8, 16, 32)
+SECONDS_PER_POINT = 0.085
+SECONDS_PER_JOULE_POINT = 0.65
+SECONDS_PER_PAIR = 2.0
+JOULE_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Points of one model on one rank, in the (random) order they are measured."""
+
+    solo: tuple[Point, ...]
+    joule_points: frozenset[Point]
+    """Those whose energy is measured, about a tenth."""
+    pairs: tuple[tuple[Point, Point], ...]
+
+    def minutes(self, done: int = 0) -> float:
+        """Predicted minutes for what is left."""
+        left = max(0, len(self.solo) - done) / max(1, len(self.solo))
+        solo = len(self.solo) * SECONDS_PER_POINT + len(self.joule_points) * SECONDS_PER_JOULE_POINT
+        return (left * solo + len(self.pairs) * SECONDS_PER_PAIR) / 60
+
+
+def solo_points(graph: OpGraph, num_sms: int, variants: Mapping[str, tuple[str, ...]]) -> list[Point]:
+    """Every kernel of the layer at every share, and the epilogue on the whole GPU."""
+    points: list[Point] = []
+    shares = (*SHARES, num_sms)
+    seen: set[tuple[str, str]] = set()
+    for op in graph.layer:
+        if (op.kind, op.shape) in seen or op.kind == "all_reduce":
+            continue
+        seen.add((op.kind, op.shape))
+        is_decode, is_prefill = op.kind == "decode_attention", op.kind == "prefill_attention"
+        for variant in variants[op.kind]:
+            for tokens in DECODE_TOKENS if is_decode else TOKENS:
+                for kv_len in KV_LENS if is_decode or is_prefill else (0,):
+                    points += [
+                        Point(
+                            kind=op.kind,
+                            shape=op.shape,
+                            variant=variant,
+                            tokens=tokens,
+                            kv_len=kv_len,
+                            num_sms=share,
+                        )
+                        for share in shares
+                    ]
+    for op in (*graph.prologue, *graph.epilogue):
+        if (op.kind, op.shape) in seen:
+            continue
+        seen.add((op.kind, op.shape))
+        points += [
+            Point(
+                kind=op.kind,
+                shape=op.shape,
+                variant=variant,
+                tokens=tokens,
+                kv_len=0,
+                num_sms=num_sms,
+            )
+            for variant in variants[op.kind]
+            for tokens in TOKENS
+        ]
+    return points
+
+
+def collective_points(
+    graph: OpGraph, num_sms: int, variants: Mapping[str, tuple[str, ...]]
+) -> list[Point]:
+    """All-reduces of the layer at every size and network share; needs all ranks."""
+    shapes = {op.shape for op in graph.layer if op.kind == "all_reduce"}
+    return [
+        Point(
+            kind="all_reduce",
+            shape=shape,
+            variant=variant,
+            tokens=tokens,
+            kv_len=0,
+            num_sms=share,
+        )
+        for shape in sorted(shapes)
+        for variant in variants["all_reduce"]
+        for tokens in TOKENS
+        for share in (*NETWORK_SHARES, num_sms)
+    ]
+
+
+def pair_points(
+    graph: OpGraph, num_sms: int, variants: Mapping[str, tuple[str, ...]]
+) -> list[tuple[Point, Point]]:
+    """Co-runs of the ping-pong pipeline: each GEMM and prefill beside decode attention."""
+    decode = graph.op("decode_attention")
+    pairs: list[tuple[Point, Point]] = []
+
+    def point(op_name: str, variant: str, tokens: int, kv_len: int, share: int) -> Point:
+        op = graph.op(op_name)
+        return Point(
+            kind=op.kind,
+            shape=op.shape,
+            variant=variant,
+            tokens=tokens,
+            kv_len=kv_len,
+            num_sms=share,
+        )
+
+    def beside_decode(op_name: str, variant: str, kv_len: int, share: int) -> None:
+        attention = point(decode.name, variants["decode_attention"][0], 512, 1024, num_sms - share)
+        pairs.append((point(op_name, variant, 1024, kv_len, share), attention))
+
+    persistent = [v for v in variants["gemm"] if v != "cublas"] or list(variants["gemm"])
+    for share in (116, 100, 84, 68):
+        beside_decode("up_gate", persistent[0], 0, share)
+    beside_decode("up_gate", variants["gemm"][0], 0, 100)
+    beside_decode("down", persistent[0], 0, 100)
+    beside_decode("o_proj", persistent[0], 0, 100)
+    beside_decode("kqv", persistent[0], 0, 100)
+    beside_decode("prefill_attention", variants["prefill_attention"][0], 512, 100)
+    beside_decode("silu_mul", variants["silu_mul"][0], 0, 100)
+    return pairs
+
+
+def make_grid(
+    graph: OpGraph,
+    num_sms: int,
+    variants: Mapping[str, tuple[str, ...]],
+    *,
+    with_collectives: bool,
+    seed: int = 0,
+) -> Grid:
+    """The grid in a random order that depends on the seed alone."""
+    rng = random.Random(seed)
+    solo = solo_points(graph, num_sms, variants)
+    rng.shuffle(solo)
+    joule_points = frozenset(rng.sample(solo, round(JOULE_SHARE * len(solo))))
+    if with_collectives:
+        solo += collective_points(graph, num_sms, variants)
+    return Grid(
+        solo=tuple(solo),
+        joule_points=joule_points,
+        pairs=tuple(pair_points(graph, num_sms, variants)),
+    )

@@ -1,0 +1,235 @@
+"""Profiles on disk: CSV whose leading `# ` lines are a YAML header, so that a diff can be read.
+
+A profile `NAME` is two files, `NAME.csv` (kernels alone) and `NAME.pairs.csv` (kernels side by
+side). Rows are appended as they are measured; a killed run resumes from the rows that are there. A
+half-written last line is dropped.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from .energy import fit_energy, with_fitted_joules
+from .profile import JoulesSource, PairRow, Point, Profile, Row, Source
+
+_POINT = tuple(f.name for f in fields(Point))
+_ROW = (*_POINT, *(f.name for f in fields(Row) if f.name != "point"))
+_PAIR = (
+    *(f"a_{name}" for name in _POINT),
+    *(f"b_{name}" for name in _POINT),
+    *(f.name for f in fields(PairRow) if f.name not in ("a", "b")),
+)
+_CSV_NAME = {"kind": "op", "a_kind": "a_op", "b_kind": "b_op"}
+
+
+class ProfileError(ValueError):
+    """A profile file is damaged or does not fit; names file, line and remedy."""
+
+
+def _cell(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _row_cells(row: Row) -> list[str]:
+    values = [getattr(row.point, name) for name in _POINT]
+    return [_cell(value) for value in (*values, *(getattr(row, n) for n in _ROW[len(_POINT) :]))]
+
+
+def _pair_cells(pair: PairRow) -> list[str]:
+    values = [getattr(point, name) for point in (pair.a, pair.b) for name in _POINT]
+    return [
+        _cell(value) for value in (*values, *(getattr(pair, n) for n in _PAIR[2 * len(_POINT) :]))
+    ]
+
+
+class ProfileWriter:
+    """Appends rows to one profile file, header first."""
+
+    def __init__(self, path: Path, columns: Sequence[str], header: dict[str, str]) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            text = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
+            lines = [f"# {line}" for line in text.splitlines()]
+            names = ",".join(_CSV_NAME.get(name, name) for name in columns)
+            path.write_text("\n".join([*lines, names]) + "\n", encoding="utf-8")
+        else:
+            _drop_partial_line(path)
+        self._file = path.open("a", encoding="utf-8", newline="")
+
+    def _write(self, cells: list[str]) -> None:
+        line = io.StringIO()
+        csv.writer(line, lineterminator="\n").writerow(cells)
+        self._file.write(line.getvalue())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    @classmethod
+    def solo(cls, path: Path, header: dict[str, str]) -> ProfileWriter:
+        """Writer of `NAME.csv`."""
+        return cls(path, _ROW, header)
+
+    @classmethod
+    def pairs(cls, path: Path, header: dict[str, str]) -> ProfileWriter:
+        """Writer of `NAME.pairs.csv`."""
+        return cls(path, _PAIR, header)
+
+    def append(self, row: Row | PairRow) -> None:
+        """Write one row through to the disk."""
+        self._write(_row_cells(row) if isinstance(row, Row) else _pair_cells(row))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _drop_partial_line(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    if not text.endswith("\n"):
+        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+
+
+def _read(path: Path, columns: Sequence[str]) -> tuple[dict[str, str], list[dict[str, str]]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise ProfileError(f"cannot read the profile {path}: {err}") from err
+    lines = text.splitlines()
+    head = [line[2:] for line in lines if line.startswith("# ")]
+    body = [line for line in lines if line and not line.startswith("#")]
+    try:
+        header: Any = yaml.safe_load("\n".join(head)) or {}
+    except yaml.YAMLError as err:
+        raise ProfileError(f"the YAML header of {path} is damaged: {err}") from err
+    names = [_CSV_NAME.get(name, name) for name in columns]
+    if not body or body[0].split(",") != names:
+        raise ProfileError(
+            f"{path} must have the columns {','.join(names)}, but its first line is "
+            f"{body[0] if body else 'missing'!r}: profile again, or take another file"
+        )
+    records: list[dict[str, str]] = []
+    for number, cells in enumerate(csv.reader(body[1:]), start=2):
+        if len(cells) != len(columns):
+            if number == len(body) and not text.endswith("\n"):
+                break
+            raise ProfileError(
+                f"{path}, row {number}: expected {len(columns)} cells, got {len(cells)}: delete "
+                "the row, it will be measured again"
+            )
+        records.append(dict(zip(columns, cells, strict=True)))
+    return {str(key): str(value) for key, value in dict(header).items()}, records
+
+
+def _convert(cls: type[Any], record: dict[str, str], prefix: str, where: str) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for field in fields(cls):
+        name = prefix + field.name
+        if name not in record:
+            continue
+        hint = hints[field.name]
+        try:
+            values[field.name] = hint(record[name]) if hint in (int, float) else record[name]
+        except ValueError as err:
+            raise ProfileError(f"{where}: column {name} must be {hint.__name__}: {err}") from err
+    return values
+
+
+def read_rows(path: Path) -> tuple[dict[str, str], list[Row]]:
+    """Header and rows of `NAME.csv`.
+
+    Raises:
+        ProfileError: unreadable, wrong columns, or a cell of the wrong type.
+    """
+    header, records = _read(path, _ROW)
+    rows: list[Row] = []
+    for number, record in enumerate(records, start=2):
+        where = f"{path}, row {number}"
+        values = _convert(Row, record, "", where)
+        _check_choice(values["source"], get_args(Source), "source", where)
+        _check_choice(values["joules_source"], get_args(JoulesSource), "joules_source", where)
+        rows.append(Row(point=Point(**_convert(Point, record, "", where)), **values))
+    return header, rows
+
+
+def read_pairs(path: Path) -> tuple[dict[str, str], list[PairRow]]:
+    """Header and rows of `NAME.pairs.csv`.
+
+    Raises:
+        ProfileError: unreadable, wrong columns, or a cell of the wrong type.
+    """
+    header, records = _read(path, _PAIR)
+    pairs: list[PairRow] = []
+    for number, record in enumerate(records, start=2):
+        where = f"{path}, row {number}"
+        a, b = (Point(**_convert(Point, record, prefix, where)) for prefix in ("a_", "b_"))
+        pairs.append(PairRow(a=a, b=b, **_convert(PairRow, record, "", where)))
+    return header, pairs
+
+
+def _check_choice(value: str, choices: tuple[str, ...], column: str, where: str) -> None:
+    if value not in choices:
+        raise ProfileError(f"{where}: {column} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def load_profile(paths: Iterable[Path]) -> Profile:
+    """One profile from several files of one GPU kind; joules that were not measured are fitted.
+
+    Args:
+        paths: `NAME.csv` files; `NAME.pairs.csv` beside each is read too.
+
+    Raises:
+        ProfileError: no file, a damaged file, or files of different GPUs or dtypes.
+    """
+    rows: dict[Point, Row] = {}
+    pairs: list[PairRow] = []
+    headers: list[dict[str, str]] = []
+    for path in paths:
+        header, found = read_rows(path)
+        headers.append({**header, "file": path.name})
+        rows.update({row.point: row for row in found})
+        pairs_path = path.with_suffix(".pairs.csv")
+        if pairs_path.exists():
+            pairs.extend(read_pairs(pairs_path)[1])
+    if not headers:
+        raise ProfileError("no profile files given: pass NAME.csv files, or a folder of them")
+    for key in ("hardware", "dtype"):
+        if len({header.get(key) for header in headers}) != 1:
+            raise ProfileError(
+                f"profiles of different {key} cannot be mixed: "
+                + ", ".join(f"{header['file']} has {header.get(key)}" for header in headers)
+            )
+    merged = dict(headers[0])
+    merged["file"] = ", ".join(header["file"] for header in headers)
+    profile = Profile(
+        hardware=merged["hardware"],
+        dtype=merged["dtype"],
+        rows=tuple(rows.values()),
+        pairs=tuple(pairs),
+        header=merged,
+    )
+    energy = fit_energy(profile, float(merged.get("static_w", "117")))
+    profile = replace(profile, energy=energy)
+    return replace(profile, rows=with_fitted_joules(profile))
+
+
+def profile_files(path: Path) -> list[Path]:
+    """The `NAME.csv` files that a path means: itself, or all in a folder."""
+    found = sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    return [file for file in found if not file.name.endswith(".pairs.csv")]
+
+
+def shipped_profile(hardware: str) -> Profile | None:
+    """The profile that came with the package, or None when this GPU has none."""
+    folder = Path(str(files("nanoflow_tune.results").joinpath("profiles", hardware)))
+    found = profile_files(folder) if folder.is_dir() else []
+    return load_profile(found) if found else None

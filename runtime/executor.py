@@ -1,0 +1,272 @@
+"""Runs one schedule on one dense batch: the hot path of the runtime.
+
+`prepare` unrolls the schedule once and binds every instance to a launch without arguments. `run`
+is one loop over them in issue order. On CUDA an instance runs on the stream of its (lane, SM
+share); it waits by events for producers on other streams, and for nothing else: producers on its
+own stream are behind it in stream order. Embedding runs before and final norm, LM head and greedy
+sampling run after all of them, on the caller's stream and the whole GPU.
+
+Shape legend: T rows of the dense batch, D hidden, R logit rows, V this rank's vocabulary, W ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .batching import DenseBatch
+from .binding import Binder, Launch
+from .buffers import Buffers
+from .kernels import torch_ops
+from .kv_cache import PagedKvCache
+from .op_graph import OpGraph
+from .plan import Schedule
+from .schedule import Instance, unroll
+from .weights import Weights
+
+Observe = Callable[[Instance], None]
+
+
+class Partitions(Protocol):
+    """SM partitions of a GPU: one stream per lane and share."""
+
+    def stream(self, lane: str, num_sms: int) -> torch.cuda.Stream:
+        """The stream of a lane on a share; the share of all SMs is the whole GPU."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What a rank has besides tensors."""
+
+    partitions: Partitions | None = None
+    """None: everything runs on the caller's stream."""
+    groups: Mapping[str, Any] | None = None
+    """By lane, what the all-reduce variants take as `group`; None with one rank."""
+
+
+@dataclass(slots=True)
+class _Step:
+    launch: Launch | None
+    """None when the range has no rows of the op's kind; its place in the order still counts."""
+    stream: torch.cuda.Stream | None
+    waits: tuple[torch.cuda.Event, ...] = ()
+    done: torch.cuda.Event | None = None
+    """Recorded only when another stream waits for it."""
+
+
+class Executor:
+    """One schedule bound to weights, cache and batch; run it as often as needed."""
+
+    def __init__(
+        self,
+        graph: OpGraph,
+        weights: Weights,
+        cache: PagedKvCache,
+        batch: DenseBatch,
+        schedule: Schedule,
+        resources: Resources | None = None,
+    ) -> None:
+        """Bind nothing yet; `prepare` does.
+
+        Raises:
+            ValueError: batch and schedule differ in rows, or ranks lack groups.
+        """
+        if batch.num_rows != schedule.dense_batch_tokens:
+            raise ValueError(
+                f"the schedule is for {schedule.dense_batch_tokens} rows, but the batch has "
+                f"{batch.num_rows}: build the batch from `schedule.nano_batches`"
+            )
+        self.resources = resources or Resources()
+        if graph.tp_degree > 1 and self.resources.groups is None:
+            raise ValueError(f"{graph.tp_degree} ranks need `Resources.groups`, one for each lane")
+        self.graph, self.weights, self.cache = graph, weights, cache
+        self.batch, self.schedule = batch, schedule
+        self.device = weights.device
+        self.instances: list[Instance] = []
+        self._steps: list[_Step] = []
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def prepare(self) -> Executor:
+        """Allocate buffers and events, unroll the schedule, bind every instance."""
+        self.buffers = Buffers.allocate(self.weights, self.batch.num_rows)
+        num_layers = len(self.weights.layers)
+        self.instances = unroll(self.schedule, self.graph, num_layers)
+        binder = Binder(
+            graph=self.graph,
+            weights=self.weights,
+            cache=self.cache,
+            batch=self.batch,
+            buffers=self.buffers,
+            groups=self.resources.groups,
+        )
+        self._steps = [
+            _Step(launch=binder.bind(nano_op, instance.layer), stream=self._stream(nano_op))
+            for instance in self.instances
+            for nano_op in (self.schedule.nano_ops[instance.index],)
+        ]
+        self._streams = tuple(dict.fromkeys(step.stream for step in self._steps if step.stream))
+        self._connect()
+        self._allocate_outputs()
+        return self
+
+    def _stream(self, nano_op: Any) -> torch.cuda.Stream | None:  # noqa: ANN401
+        if self.device.type != "cuda" or self.resources.partitions is None:
+            return None
+        return self.resources.partitions.stream(nano_op.lane, nano_op.num_sms)
+
+    def _connect(self) -> None:
+        """Give each step the events it waits for: the last producer on each other stream."""
+        if not self._streams:
+            return
+        for here, instance in enumerate(self.instances):
+            latest: dict[torch.cuda.Stream, int] = {}
+            for there in instance.waits_for:  # ascending: a later one implies the earlier
+                stream = self._steps[there].stream
+                if stream is not None and stream != self._steps[here].stream:
+                    latest[stream] = there
+            self._steps[here].waits = tuple(self._done(there) for there in latest.values())
+        self._begin = torch.cuda.Event()
+        self._ends = tuple(torch.cuda.Event() for _ in self._streams)
+
+    def _done(self, there: int) -> torch.cuda.Event:
+        step = self._steps[there]
+        step.done = step.done or torch.cuda.Event()
+        return step.done
+
+    def _allocate_outputs(self) -> None:
+        num_logits, weights = self.batch.logit_rows_R.shape[0], self.weights
+        hidden, vocab = weights.model.hidden_size, weights.lm_head_VD.shape[0]
+        new = partial(torch.empty, dtype=weights.lm_head_VD.dtype, device=self.device)
+        self._last_RD, self._delta_RD = new((num_logits, hidden)), new((num_logits, hidden))
+        self._last_normed_RD = new((num_logits, hidden))
+        self.logits_RV = new((num_logits, vocab))
+        """Logits of this rank's part of the vocabulary."""
+        self._best_R = new(num_logits)
+        self._local_ids_R = torch.empty(num_logits, dtype=torch.int64, device=self.device)
+        self.next_token_ids_R = torch.empty_like(self._local_ids_R)
+        """Greedy tokens, the same on every rank, in the order of `batch.logit_requests`."""
+        ranks = weights.tp_degree
+        self._all_best_WR = new((ranks, num_logits))
+        self._all_ids_WR = torch.empty((ranks, num_logits), dtype=torch.int64, device=self.device)
+
+    def run(self, observe: Observe | None = None) -> None:
+        """Run the whole iteration in issue order.
+
+        Args:
+            observe: called after each instance is issued, with its stream current; eager only.
+        """
+        main = torch.cuda.current_stream() if self._streams else None
+        self._embed()
+        if main is not None:
+            # Partition streams start behind the embedding.
+            self._begin.record(main)
+            for stream in self._streams:
+                stream.wait_event(self._begin)
+        for step, instance in zip(self._steps, self.instances, strict=True):
+            stream = step.stream
+            if stream is not None:
+                for event in step.waits:
+                    stream.wait_event(event)
+                torch.cuda.set_stream(stream)
+            if step.launch is not None:
+                step.launch()
+            if step.done is not None:
+                step.done.record(stream)
+            if observe is not None:
+                observe(instance)
+        if main is not None:
+            # The final norm starts behind the last nano-op of every partition.
+            for stream, end in zip(self._streams, self._ends, strict=True):
+                end.record(stream)
+                main.wait_event(end)
+            torch.cuda.set_stream(main)
+        self._finish()
+
+    def run_in_order(
+        self,
+        order: Sequence[int],
+        observe: Observe | None = None,
+        before: Observe | None = None,
+    ) -> None:
+        """Run instances one at a time in any legal order, each finished before the next.
+
+        Args:
+            order: positions in `instances`, see `schedule.random_legal_order`.
+            observe: called after each instance has finished.
+            before: called before each instance is issued.
+        """
+        self._embed()
+        self._synchronize()
+        for here in order:
+            if before is not None:
+                before(self.instances[here])
+                self._synchronize()
+            self._run_alone(self._steps[here])
+            if observe is not None:
+                observe(self.instances[here])
+                self._synchronize()
+        self._finish()
+
+    def _run_alone(self, step: _Step) -> None:
+        if step.launch is None:
+            return
+        if step.stream is None:
+            step.launch()
+        else:
+            with torch.cuda.stream(step.stream):
+                step.launch()
+        self._synchronize()
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def capture(self, stream: torch.cuda.Stream | None = None) -> None:
+        """Capture the whole iteration into one CUDA graph; two eager runs warm it up."""
+        for _ in range(2):
+            self.run()
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=stream):
+            self.run()
+
+    def replay(self) -> None:
+        """Run the captured iteration."""
+        assert self._graph is not None, "capture() comes first"
+        self._graph.replay()
+
+    def _embed(self) -> None:
+        torch_ops.embedding(
+            self.batch.token_ids_T, self.weights.embedding_VD, self.buffers.residual_TD, 0
+        )
+
+    def _finish(self) -> None:
+        """Final norm, LM head and greedy sampling on the logit rows."""
+        weights, rows_R = self.weights, self.batch.logit_rows_R
+        torch.index_select(self.buffers.residual_TD, 0, rows_R, out=self._last_RD)
+        torch.index_select(self.buffers.ffn_TD, 0, rows_R, out=self._delta_RD)
+        torch_ops.norm(
+            self._last_RD,
+            self._delta_RD,
+            weights.final_norm_D,
+            self._last_normed_RD,
+            weights.model.rms_norm_eps,
+            0,
+        )
+        torch_ops.gemm(self._last_normed_RD, weights.lm_head_VD, None, self.logits_RV, 0)
+        if weights.tp_degree == 1:
+            torch_ops.sampling(self.logits_RV, self._best_R, self.next_token_ids_R, 0)
+            return
+        torch_ops.sampling(self.logits_RV, self._best_R, self._local_ids_R, 0)
+        self._local_ids_R.add_(weights.vocab_start)
+        dist.all_gather_into_tensor(self._all_best_WR.view(-1), self._best_R)
+        dist.all_gather_into_tensor(self._all_ids_WR.view(-1), self._local_ids_R)
+        winner_1R = self._all_best_WR.argmax(dim=0, keepdim=True)
+        torch.gather(self._all_ids_WR, 0, winner_1R, out=self.next_token_ids_R.unsqueeze(0))

@@ -1,0 +1,46 @@
+"""All-reduce variants: NCCL, free or held to a number of CTAs.
+
+The CTA limit is a property of the communicator, so each lane has one group per limit;
+`make_groups` creates them. Called with `async_op=False` on the current stream, NCCL's kernel runs
+on that stream's SM partition and is captured into CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .registry import register
+
+CTA_LIMITS: dict[str, int | None] = {"nccl": None, "nccl_8": 8, "nccl_16": 16}
+"""Variant name -> NCCL max_ctas; None leaves it to NCCL."""
+
+Groups = Mapping[str, Any]
+
+
+def make_groups(world_size: int) -> dict[str, Any]:
+    """One NCCL communicator per variant, warmed up. Create them before SM partitions."""
+    groups: dict[str, Any] = {}
+    for name, limit in CTA_LIMITS.items():
+        options = dist.ProcessGroupNCCL.Options()
+        if limit is not None:
+            options.config.max_ctas = limit
+        groups[name] = dist.new_group(list(range(world_size)), backend="nccl", pg_options=options)
+        dist.all_reduce(torch.ones(1, device="cuda"), group=groups[name])
+    torch.cuda.synchronize()
+    return groups
+
+
+def _all_reduce(variant: str) -> None:
+    @register("all_reduce", variant, "cuda")
+    def kernel(x_TD: Tensor, group: Groups | None, num_sms: int) -> None:
+        if group is not None:
+            dist.all_reduce(x_TD, group=group[variant])
+
+
+for _variant in CTA_LIMITS:
+    _all_reduce(_variant)

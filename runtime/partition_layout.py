@@ -1,0 +1,91 @@
+"""Which SM groups each (lane, share) of a schedule takes; pure arithmetic, no GPU.
+
+A GPU is split once into groups of `granularity` SMs plus a remainder. A share is a run of groups:
+the first lane grows from the front, the last lane from the back (it gets the remainder, so that a
+share and its complement fit exactly), lanes between are placed first-fit. Two shares that can run
+at the same time must not meet; that is checked here and again on the device by reading %smid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .op_graph import OpGraph
+from .plan import Schedule
+from .schedule import IllegalScheduleError, concurrent_pairs
+
+Slot = tuple[str, int]
+"""(lane, num_sms)."""
+
+# Grows from the front first: shares of the memory lane are plain multiples of the granularity;
+# the compute lane takes complements, so it sits at the back with the remainder.
+_FRONT_TO_BACK = ("memory", "network", "compute")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRange:
+    """A run of SM groups [start, end) and whether the remainder belongs to it."""
+
+    start: int
+    end: int
+    has_remainder: bool = False
+
+    def meets(self, other: GroupRange) -> bool:
+        """Whether both hold a common SM."""
+        shared = self.start < other.end and other.start < self.end
+        return shared or (self.has_remainder and other.has_remainder)
+
+
+def _lane_rank(lane: str) -> tuple[int, str]:
+    rank = _FRONT_TO_BACK.index(lane) if lane in _FRONT_TO_BACK else 1
+    return rank, lane
+
+
+def layout(
+    schedule: Schedule, graph: OpGraph, num_sms: int, granularity: int
+) -> dict[Slot, GroupRange]:
+    """Place every (lane, share) below the whole GPU.
+
+    Raises:
+        IllegalScheduleError: two shares that can run at once do not fit side by side.
+    """
+    num_groups, remainder = divmod(num_sms, granularity)
+    nano_ops = schedule.nano_ops
+    meets: dict[Slot, set[Slot]] = {}
+    for a, b in concurrent_pairs(schedule, graph):
+        first, second = (nano_ops[a].lane, nano_ops[a].num_sms), (nano_ops[b].lane, nano_ops[b].num_sms)
+        if first != second:
+            meets.setdefault(first, set()).add(second)
+            meets.setdefault(second, set()).add(first)
+    lanes = sorted(schedule.lanes, key=_lane_rank)
+    placed: dict[Slot, GroupRange] = {}
+    slots = {(op.lane, op.num_sms) for op in nano_ops if op.num_sms != num_sms}
+    order = sorted(slots, key=lambda slot: (_placement_turn(slot[0], lanes), -slot[1]))
+    for slot in order:
+        lane, share = slot
+        has_remainder = share % granularity != 0 and share % granularity == remainder
+        size = share // granularity
+        taken = [placed[other] for other in meets.get(slot, ()) if other in placed]
+        starts = range(num_groups - size + 1)
+        if has_remainder or lane == lanes[-1]:
+            starts = reversed(starts)
+        candidates = (
+            GroupRange(start=start, end=start + size, has_remainder=has_remainder)
+            for start in starts
+        )
+        place = next((c for c in candidates if not any(c.meets(t) for t in taken)), None)
+        if place is None:
+            others = ", ".join(f"{l} on {s} SMs" for l, s in sorted(meets.get(slot, ())))
+            raise IllegalScheduleError(
+                f"lane {lane} on {share} SMs does not fit beside what can run with it ({others}) "
+                f"on {num_groups} groups of {granularity} SMs: lower a share"
+            )
+        placed[slot] = place
+    return placed
+
+
+def _placement_turn(lane: str, lanes: list[str]) -> int:
+    """Front lane first, back lane second, the ones between last."""
+    if lane == lanes[0]:
+        return 0
+    return 1 if lane == lanes[-1] else 2

@@ -1,0 +1,178 @@
+"""Reads specs by name or path: models, hardware, workloads, search spaces.
+
+Shipped specs are YAML files beside this module, one folder a kind; a path to one's own YAML file
+is taken wherever a name is. Models are also read from Hugging Face folders (`hf_config.py`), and
+workloads from `PROMPT/DECODE` in tokens. The strict part is in `records.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+
+from .hf_config import load_hf_config
+from .records import SpecError, closest, content_hash, from_mapping, to_mapping
+from .schema import HardwareSpec, ModelSpec, SearchSpace, WorkloadSpec
+
+__all__ = [
+    "Kind",
+    "SpecError",
+    "content_hash",
+    "from_mapping",
+    "known",
+    "load_hardware",
+    "load_model",
+    "load_space",
+    "load_workload",
+    "load_yaml",
+    "to_mapping",
+]
+
+Kind = Literal["models", "hardware", "workloads", "spaces"]
+SpecT = TypeVar("SpecT", ModelSpec, HardwareSpec, WorkloadSpec, SearchSpace)
+
+_NOUNS: dict[Kind, str] = {
+    "models": "model",
+    "hardware": "hardware",
+    "workloads": "workload",
+    "spaces": "search space",
+}
+_LENGTHS = re.compile(r"(\d+(?:\.\d+)?)/(\d+(?:\.\d+)?)")
+
+
+def known(kind: Kind) -> tuple[str, ...]:
+    """Names of the shipped specs of a kind, sorted."""
+    assert kind in get_args(Kind), kind
+    folder = files("nanoflow_tune.search_spaces").joinpath(kind)
+    names = [Path(entry.name) for entry in folder.iterdir()]
+    return tuple(sorted(name.stem for name in names if name.suffix == ".yaml"))
+
+
+def load_model(name_or_path: str | Path) -> ModelSpec:
+    """A shipped model, a YAML file, or a Hugging Face folder or `config.json`.
+
+    A shipped name wins over a folder of the same name; write `./name` for the folder.
+
+    Raises:
+        SpecError: unknown name, or a file that breaks a rule.
+    """
+    name, path = str(name_or_path), Path(name_or_path)
+    if name not in known("models") and (path.is_dir() or path.suffix == ".json"):
+        return load_hf_config(path)
+    return _load("models", ModelSpec, name)
+
+
+def load_hardware(name: str | Path) -> HardwareSpec:
+    """A shipped accelerator, or one's own YAML file.
+
+    Raises:
+        SpecError: unknown name, or a file that breaks a rule.
+    """
+    return _load("hardware", HardwareSpec, str(name))
+
+
+def load_workload(name: str | Path) -> WorkloadSpec:
+    """A shipped workload, mean lengths as `PROMPT/DECODE` (`1024/512`), or one's own YAML file.
+
+    Raises:
+        SpecError: unknown name, or a file that breaks a rule.
+    """
+    lengths = _LENGTHS.fullmatch(str(name))
+    if lengths is None:
+        return _load("workloads", WorkloadSpec, str(name))
+    prompt, decode = lengths.groups()
+    values = {
+        "name": f"{prompt}-{decode}",
+        "prompt_tokens": float(prompt),
+        "decode_tokens": float(decode),
+    }
+    return from_mapping(WorkloadSpec, values, f"workload {name}")
+
+
+def load_space(name: str | Path) -> SearchSpace:
+    """A shipped search space (an effort preset), or one's own YAML file.
+
+    Raises:
+        SpecError: unknown name, or a file that breaks a rule.
+    """
+    return _load("spaces", SearchSpace, str(name))
+
+
+def load_yaml(path: Path | Traversable) -> dict[str, Any]:
+    """The mapping that a YAML file holds; no Python objects, no duplicate keys.
+
+    Raises:
+        SpecError: the file cannot be read, is no UTF-8, no YAML, or no mapping.
+    """
+    where = str(path)
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as err:
+        raise SpecError(f"{where}: cannot be read ({err.strerror}); check the path") from err
+    except UnicodeDecodeError as err:
+        raise SpecError(f"{where}: must be UTF-8 text, but byte {err.start} is not") from err
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as err:
+        raise SpecError(f"{where}: must be valid YAML, but {_one_line(err)}") from err
+    except RecursionError as err:
+        raise SpecError(f"{where}: must not nest this deeply; flatten it") from err
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise SpecError(f"{where}: must hold a mapping (`key: value` lines), but holds a {kind}")
+    return value
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """`yaml.SafeLoader` that refuses duplicate keys and reports every bad scalar as YAML error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and keys.count(key_node.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"key {key_node.value!r} is given twice; keep one",
+                    problem_mark=key_node.start_mark,
+                )
+        return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: ANN401
+        try:
+            return super().construct_object(node, deep)
+        # PyYAML lets these out for scalars such as `2001-99-99` or `!!int ''`.
+        except (ValueError, LookupError, AttributeError, TypeError) as err:
+            raise yaml.constructor.ConstructorError(
+                problem=f"a value cannot be read as {node.tag}", problem_mark=node.start_mark
+            ) from err
+
+
+def _one_line(err: yaml.YAMLError) -> str:
+    if not isinstance(err, yaml.MarkedYAMLError) or err.problem_mark is None:
+        return " ".join(str(err).split())
+    mark = err.problem_mark
+    return f"line {mark.line + 1}, column {mark.column + 1}: {err.problem}"
+
+
+def _load(kind: Kind, cls: type[SpecT], name: str) -> SpecT:
+    if name in known(kind):
+        path = files("nanoflow_tune.search_spaces").joinpath(kind, f"{name}.yaml")
+        return from_mapping(cls, load_yaml(path), f"{kind}/{name}.yaml")
+    if Path(name).suffix in (".yaml", ".yml"):
+        return from_mapping(cls, load_yaml(Path(name)), name)
+    names = known(kind)
+    raise SpecError(
+        f"unknown {_NOUNS[kind]} {name!r}{closest(name, names)} known are "
+        f"{', '.join(names)}; or give the path of a YAML file{_ALSO.get(kind, '')}"
+    )
+
+
+_ALSO: dict[Kind, str] = {
+    "models": " or of a Hugging Face folder",
+    "workloads": ", or PROMPT/DECODE such as 1024/512",
+}
