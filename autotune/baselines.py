@@ -140,8 +140,8 @@ def _halves(tokens: int, granularity: int = 1) -> tuple[int, int]:
     return first, tokens - first
 
 
-def _phases(graph: OpGraph) -> tuple[list[int], list[int], list[list[int]]]:
-    """Macro ops up to the attention, the attention, and the rest cut behind each collective."""
+def _phases(graph: OpGraph) -> tuple[list[int], list[int], list[int]]:
+    """Macro ops up to the attention, the output projection's (and its collective), the rest."""
     macros = macro_ops(graph)
     attention = [
         index
@@ -149,26 +149,20 @@ def _phases(graph: OpGraph) -> tuple[list[int], list[int], list[list[int]]]:
         if macro.ops[0].kind in ("decode_attention", "prefill_attention")
     ]
     before, after = list(range(attention[0])), list(range(attention[-1] + 1, len(macros)))
-    blocks: list[list[int]] = [[]]
-    for index in after:
-        blocks[-1].append(index)
-        if macros[index].lane == NETWORK:
-            blocks.append([])
-    return before, attention, [block for block in blocks if block]
+    cut = 2 if len(after) > 1 and macros[after[1]].lane == NETWORK else 1
+    return before + attention, after[:cut], after[cut:]
 
 
 def _blocks(graph: OpGraph) -> list[tuple[int, int, int]]:
-    """(macro, nano-batch, stage): A's tail and next KQV, its attention; then the same of B.
+    """(macro, nano-batch, stage): A's tail, next KQV and attention; then the same of B.
 
-    The attention of B, of the layer before, runs beside A's part and is listed behind it: lanes
-    run side by side, and B's tail waits for it.
+    The attention of each is listed where it may start; it runs beside the other one's block,
+    whose tail waits for its own attention, of the block before.
     """
-    before, attention, rest = _phases(graph)
-    tail = [index for block in rest for index in block]
-    period = [(index, 0, 1) for index in tail] + [(index, 0, 0) for index in before]
-    period += [(index, 0, 0) for index in attention]
-    period += [(index, 1, 1) for index in tail] + [(index, 1, 0) for index in before]
-    return period + [(index, 1, 0) for index in attention]
+    head, output, ffn = _phases(graph)
+    period = [(index, 0, 1) for index in output + ffn] + [(index, 0, 0) for index in head]
+    period += [(index, 1, 1) for index in output + ffn]
+    return period + [(index, 1, 0) for index in head]
 
 
 def _interleaved(graph: OpGraph) -> list[tuple[int, int, int]]:
@@ -176,10 +170,7 @@ def _interleaved(graph: OpGraph) -> list[tuple[int, int, int]]:
 
     Behind each block its collective or attention runs, beside the next block of the other one.
     """
-    before, attention, rest = _phases(graph)
-    output, ffn = rest[0], [index for block in rest[1:] for index in block]
-    period = [(index, 0, 1) for index in output]
-    period += [(index, 1, 1) for index in before + attention]
+    head, output, ffn = _phases(graph)
+    period = [(index, 0, 1) for index in output] + [(index, 1, 1) for index in head]
     period += [(index, 0, 1) for index in ffn] + [(index, 1, 1) for index in output]
-    period += [(index, 0, 0) for index in before + attention]
-    return period + [(index, 1, 1) for index in ffn]
+    return period + [(index, 0, 0) for index in head] + [(index, 1, 1) for index in ffn]

@@ -126,7 +126,14 @@ def timeline_png(tracks: Sequence[Track], *, title: str, subtitle: str, num_sms:
         return _png(figure)
 
 
-_WIDTH_IN, _HEADER_IN, _HEADING_IN, _LANE_IN, _SHARES_IN, _BELOW_IN = 12.5, 0.95, 0.3, 0.4, 0.8, 0.38
+_WIDTH_IN, _HEADER_IN, _HEADING_IN, _LANE_IN, _SHARES_IN, _BELOW_IN = (
+    12.5,
+    0.95,
+    0.3,
+    0.4,
+    0.8,
+    0.38,
+)
 
 
 def _track_inches(played: Track) -> float:

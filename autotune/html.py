@@ -131,7 +131,9 @@ def _numbers(values: Mapping[str, Any]) -> str:
     ]
     if values["watts"] is not None:
         numbers.append((f"{values['watts']:.0f} W", f"a GPU at {values['sm_clock_mhz']} MHz"))
-    cells = (f"<div><b>{escape(value)}</b><span>{escape(what)}</span></div>" for value, what in numbers)
+    cells = (
+        f"<div><b>{escape(value)}</b><span>{escape(what)}</span></div>" for value, what in numbers
+    )
     return f'<section class="numbers">{"".join(cells)}</section>'
 
 
@@ -171,13 +173,15 @@ def _race(values: Mapping[str, Any]) -> str:
 
 def _bounds(values: Mapping[str, Any]) -> str:
     period_us = values["period_us"]
-    bounds = [("lower bound: largest of compute, memory, network at peaks", values["lower_bound_us"])]
+    bounds = [
+        ("lower bound: largest of compute, memory, network at peaks", values["lower_bound_us"])
+    ]
     if values["power_limit_us"]:
         bounds.append(("power limit: joules against the cap (estimate)", values["power_limit_us"]))
-    rows = [
-        (name, f"{us / 1e3:.3f}", f"{100 * us / period_us:.1f} %") for name, us in bounds
-    ]
-    certificate = "; ".join(f"{key} {_plain(value)}" for key, value in values["certificate"].items())
+    rows = [(name, f"{us / 1e3:.3f}", f"{100 * us / period_us:.1f} %") for name, us in bounds]
+    certificate = "; ".join(
+        f"{key} {_plain(value)}" for key, value in values["certificate"].items()
+    )
     text = f"{values['bound'].capitalize()} binds. Search: {certificate}."
     reference = values["optimal_reference"]
     peak = (
@@ -198,7 +202,17 @@ def _ops(values: Mapping[str, Any]) -> str:
 
 
 def _op_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    heads = ("nano-op", "rows", "lane", "SMs", "kernel", "alone us", "in plan us", "reaches", "source")
+    heads = (
+        "nano-op",
+        "rows",
+        "lane",
+        "SMs",
+        "kernel",
+        "alone us",
+        "in plan us",
+        "reaches",
+        "source",
+    )
     cells = [
         (
             row["name"],
@@ -219,7 +233,17 @@ def _op_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _verification(values: Mapping[str, Any]) -> str:
     if not values["verification"]:
         return "<h2>Verification</h2><p>Not run.</p>"
-    heads = ("model", "device", "layers", "ranks", "dtype", "largest error", "allowed", "orders", "")
+    heads = (
+        "model",
+        "device",
+        "layers",
+        "ranks",
+        "dtype",
+        "largest error",
+        "allowed",
+        "orders",
+        "",
+    )
     rows = [
         (
             record["model"],

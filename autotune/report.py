@@ -115,9 +115,7 @@ def document(report: Report) -> dict[str, Any]:
         "batch": _batch(report),
         "race": [_race_row(report, candidate) for candidate in report.race],
         "certificate": dict(report.certificate),
-        "ops": {
-            role: [asdict(row) for row in rows] for role, rows in report.op_tables.items()
-        },
+        "ops": {role: [asdict(row) for row in rows] for role, rows in report.op_tables.items()},
         "verification": [asdict(record) for record in report.bucket.verification],
         "provenance": dict(report.provenance),
     }
@@ -196,10 +194,13 @@ def next_step(report: Report) -> str:
             f"--gpu {hardware.name} --model {report.model.name}`. "
         )
     elif not report.is_measured:
-        first = f"Run the same command on {report.plan.num_gpus} x {hardware.device_name} to measure it. "
+        gpus = f"{report.plan.num_gpus} x {hardware.device_name}"
+        first = f"Run the same command on {gpus} to measure it. "
     floor = f"No plan beats {_ms(bucket.lower_bound_us)} at the hardware's peaks"
     if bucket.power_limit_us > 0:
-        floor += f", or about {_ms(bucket.power_limit_us)} under the {hardware.power_cap_w:.0f} W cap"
+        floor += (
+            f", or about {_ms(bucket.power_limit_us)} under the {hardware.power_cap_w:.0f} W cap"
+        )
     return f"{first}{floor}. {bucket.bound.capitalize()} binds: {_LIFTS[bucket.bound]}."
 
 

@@ -38,6 +38,16 @@ class Samples:
         return statistics.median(self.times_us)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Together:
+    """Two batches side by side: time of one call of each while both ran."""
+
+    median_us: tuple[float, float]
+    watts: float
+    sm_clock_mhz: float
+    n: int
+
+
 class Batch:
     """Calls captured into one CUDA graph on one stream, replayed as a unit."""
 
@@ -45,7 +55,7 @@ class Batch:
         self, calls: Sequence[Callable[[], None]], stream: torch.cuda.Stream, repeats: int
     ) -> None:
         self.num_calls = repeats
-        self._stream = stream
+        self._calls = calls  # keeps the operands alive: the graph holds bare addresses
         self._graph = torch.cuda.CUDAGraph()
         fork, join = torch.cuda.Event(), torch.cuda.Event()
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
@@ -98,10 +108,10 @@ class Timer:
         """Capture a batch of about `batch_ms`, heating the card meanwhile."""
         stream.wait_stream(torch.cuda.current_stream())
         repeats = self.calls_per_batch(calls, stream, batch_ms)
-        self.heat(20.0)
+        self.heat(12.0)
         return Batch(calls, stream, repeats)
 
-    def sample(self, batch: Batch, warm_ms: float = 10.0, sample_ms: float = 30.0) -> Samples:
+    def sample(self, batch: Batch, warm_ms: float = 8.0, sample_ms: float = 30.0) -> Samples:
         """Replay for `warm_ms`, then sample batches for at least `sample_ms`."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -125,6 +135,69 @@ class Timer:
             for before, after in zip(events, events[1:], strict=False)
         )
         return Samples(times_us=times, sm_clock_mhz=clock)
+
+    def sample_fixed(self, batch: Batch, warm: int, count: int) -> Samples:
+        """Sample a fixed number of batches: what ranks that must stay in step use."""
+        for _ in range(warm):
+            batch.replay()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        events[0].record()
+        for event in events[1:]:
+            batch.replay()
+            event.record()
+        events[-1].synchronize()
+        times = tuple(
+            1e3 * before.elapsed_time(after) / batch.num_calls
+            for before, after in zip(events, events[1:], strict=False)
+        )
+        return Samples(times_us=times, sm_clock_mhz=self.meter.sm_clock_mhz)
+
+    def sample_together(
+        self, a: Batch, b: Batch, alone_us: Sequence[float], seconds: float
+    ) -> Together:
+        """Replay two batches on their partitions at once and time both while both run."""
+        launchers = torch.cuda.Stream(), torch.cuda.Stream()
+        begin = torch.cuda.Event(enable_timing=True)
+        marks: list[list[torch.cuda.Event]] = [[], []]
+        counts = [
+            max(8, round(seconds * 1e6 / (us * batch.num_calls)))
+            for batch, us in zip((a, b), alone_us, strict=True)
+        ]
+        self.heat(100.0)
+        torch.cuda.synchronize()
+        begin.record()
+        for launcher in launchers:
+            launcher.wait_event(begin)
+        clock = 0.0
+        with self.meter as meter:
+            for turn in range(max(counts)):
+                for which, batch in enumerate((a, b)):
+                    if turn * counts[which] // max(counts) >= len(marks[which]):
+                        with torch.cuda.stream(launchers[which]):
+                            batch.replay()
+                            mark = torch.cuda.Event(enable_timing=True)
+                            mark.record()
+                            marks[which].append(mark)
+                if turn == max(counts) // 2:
+                    marks[0][len(marks[0]) // 4].synchronize()
+                    clock = self.meter.sm_clock_mhz
+            torch.cuda.synchronize()
+        ends = [[begin.elapsed_time(mark) for mark in column] for column in marks]
+        until = min(column[-1] for column in ends)
+        medians: list[float] = []
+        for batch, column in zip((a, b), ends, strict=True):
+            inside = [time for time in column if time <= until]
+            steps = [
+                1e3 * (later - earlier) / batch.num_calls
+                for earlier, later in zip(inside, inside[1:], strict=False)
+            ]
+            medians.append(statistics.median(steps))
+        return Together(
+            median_us=(medians[0], medians[1]),
+            watts=meter.watts,
+            sm_clock_mhz=clock,
+            n=min(len(column) for column in ends),
+        )
 
     def joules_per_call(self, batch: Batch, median_us: float, seconds: float = 0.5) -> float:
         """Board joules of one call over at least `seconds` of back-to-back batches."""

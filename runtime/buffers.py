@@ -60,21 +60,24 @@ class Buffers:
         """Buffers by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    def guarded(self) -> dict[str, Tensor]:
+        """Buffers by name, each with the guard rows before and after it."""
+        return {name: _guarded(buffer) for name, buffer in self.named().items()}
+
     def poison(self) -> None:
         """Fill all rows with NaN, guard rows included."""
-        for buffer in self.named().values():
-            _guarded(buffer).fill_(float("nan"))
+        for guarded in self.guarded().values():
+            guarded.fill_(float("nan"))
 
     def broken_guards(self) -> tuple[str, ...]:
         """Names of buffers whose guard rows no longer hold the poison."""
         return tuple(
             name
-            for name, buffer in self.named().items()
-            if not _guarded(buffer)[:GUARD_ROWS].isnan().all()
-            or not _guarded(buffer)[-GUARD_ROWS:].isnan().all()
+            for name, guarded in self.guarded().items()
+            if not guarded[:GUARD_ROWS].isnan().all() or not guarded[-GUARD_ROWS:].isnan().all()
         )
 
 
 def _guarded(buffer: Tensor) -> Tensor:
-    assert buffer._base is not None, "buffers are views of their guarded storage"  # noqa: SLF001
-    return buffer._base  # noqa: SLF001
+    assert buffer._base is not None, "buffers are views of their guarded storage"
+    return buffer._base

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from .batching import DenseBatch
 from .binding import Binder, Launch
@@ -26,7 +25,7 @@ from .buffers import Buffers
 from .kernels import torch_ops
 from .kv_cache import PagedKvCache
 from .op_graph import OpGraph
-from .plan import Schedule
+from .plan import NanoOp, Schedule
 from .schedule import Instance, unroll
 from .weights import Weights
 
@@ -116,7 +115,7 @@ class Executor:
         self._allocate_outputs()
         return self
 
-    def _stream(self, nano_op: Any) -> torch.cuda.Stream | None:  # noqa: ANN401
+    def _stream(self, nano_op: NanoOp) -> torch.cuda.Stream | None:
         if self.device.type != "cuda" or self.resources.partitions is None:
             return None
         return self.resources.partitions.stream(nano_op.lane, nano_op.num_sms)
@@ -155,6 +154,8 @@ class Executor:
         ranks = weights.tp_degree
         self._all_best_WR = new((ranks, num_logits))
         self._all_ids_WR = torch.empty((ranks, num_logits), dtype=torch.int64, device=self.device)
+        self._best_by_rank = list(self._all_best_WR.unbind(0))
+        self._ids_by_rank = list(self._all_ids_WR.unbind(0))
 
     def run(self, observe: Observe | None = None) -> None:
         """Run the whole iteration in issue order.
@@ -177,10 +178,10 @@ class Executor:
                 torch.cuda.set_stream(stream)
             if step.launch is not None:
                 step.launch()
-            if step.done is not None:
-                step.done.record(stream)
             if observe is not None:
                 observe(instance)
+            if step.done is not None:
+                step.done.record(stream)
         if main is not None:
             # The final norm starts behind the last nano-op of every partition.
             for stream, end in zip(self._streams, self._ends, strict=True):
@@ -266,7 +267,7 @@ class Executor:
             return
         torch_ops.sampling(self.logits_RV, self._best_R, self._local_ids_R, 0)
         self._local_ids_R.add_(weights.vocab_start)
-        dist.all_gather_into_tensor(self._all_best_WR.view(-1), self._best_R)
-        dist.all_gather_into_tensor(self._all_ids_WR.view(-1), self._local_ids_R)
+        dist.all_gather(self._best_by_rank, self._best_R)
+        dist.all_gather(self._ids_by_rank, self._local_ids_R)
         winner_1R = self._all_best_WR.argmax(dim=0, keepdim=True)
         torch.gather(self._all_ids_WR, 0, winner_1R, out=self.next_token_ids_R.unsqueeze(0))

@@ -1,8 +1,9 @@
 """Which SM groups each (lane, share) of a schedule takes; pure arithmetic, no GPU.
 
-A GPU is split once into groups of `granularity` SMs plus a remainder. A share is a run of groups:
-the first lane grows from the front, the last lane from the back (it gets the remainder, so that a
-share and its complement fit exactly), lanes between are placed first-fit. Two shares that can run
+A GPU is split once into groups of `granularity` SMs plus a remainder (an H200: 15 groups of 8 and
+12 left over). A share is a run of groups, or a run at the back together with the remainder, so that
+a share and its complement fit exactly. The first lane grows from the front, the last lane from the
+back, lanes between are placed first-fit. Two shares that can run
 at the same time must not meet; that is checked here and again on the device by reading %smid.
 """
 
@@ -20,6 +21,41 @@ Slot = tuple[str, int]
 # Grows from the front first: shares of the memory lane are plain multiples of the granularity;
 # the compute lane takes complements, so it sits at the back with the remainder.
 _FRONT_TO_BACK = ("memory", "network", "compute")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmSplit:
+    """What one driver split of all SMs gives."""
+
+    granularity: int
+    num_groups: int
+    remainder: int
+    """SMs left over, usable as one piece."""
+
+    @classmethod
+    def expected(cls, num_sms: int, granularity: int) -> SmSplit:
+        """The split to plan for without a device: drivers keep one group in the remainder."""
+        num_groups, remainder = divmod(num_sms, granularity)
+        if remainder:
+            num_groups, remainder = num_groups - 1, remainder + granularity
+        return cls(granularity=granularity, num_groups=num_groups, remainder=remainder)
+
+    def place(self, share: int) -> tuple[int, bool]:
+        """(groups, whether the remainder is needed) of a share.
+
+        Raises:
+            IllegalScheduleError: the share is neither a multiple of the granularity nor the
+                complement of one.
+        """
+        if share % self.granularity == 0 and share <= self.num_groups * self.granularity:
+            return share // self.granularity, False
+        groups, rest = divmod(share - self.remainder, self.granularity)
+        if groups < 0 or rest or groups > self.num_groups:
+            raise IllegalScheduleError(
+                f"no partition of {share} SMs: the GPU splits into {self.num_groups} groups of "
+                f"{self.granularity} and {self.remainder} left over"
+            )
+        return groups, True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,14 +78,13 @@ def _lane_rank(lane: str) -> tuple[int, str]:
 
 
 def layout(
-    schedule: Schedule, graph: OpGraph, num_sms: int, granularity: int
+    schedule: Schedule, graph: OpGraph, num_sms: int, split: SmSplit
 ) -> dict[Slot, GroupRange]:
-    """Place every (lane, share) below the whole GPU.
+    """Place every (lane, share) below the whole GPU of `num_sms`.
 
     Raises:
         IllegalScheduleError: two shares that can run at once do not fit side by side.
     """
-    num_groups, remainder = divmod(num_sms, granularity)
     nano_ops = schedule.nano_ops
     meets: dict[Slot, set[Slot]] = {}
     for a, b in concurrent_pairs(schedule, graph):
@@ -63,11 +98,12 @@ def layout(
     order = sorted(slots, key=lambda slot: (_placement_turn(slot[0], lanes), -slot[1]))
     for slot in order:
         lane, share = slot
-        has_remainder = share % granularity != 0 and share % granularity == remainder
-        size = share // granularity
+        size, has_remainder = split.place(share)
         taken = [placed[other] for other in meets.get(slot, ()) if other in placed]
-        starts = range(num_groups - size + 1)
-        if has_remainder or lane == lanes[-1]:
+        starts = range(split.num_groups - size + 1)
+        if has_remainder:
+            starts = starts[-1:]
+        elif lane == lanes[-1]:
             starts = reversed(starts)
         candidates = (
             GroupRange(start=start, end=start + size, has_remainder=has_remainder)
@@ -75,10 +111,11 @@ def layout(
         )
         place = next((c for c in candidates if not any(c.meets(t) for t in taken)), None)
         if place is None:
-            others = ", ".join(f"{l} on {s} SMs" for l, s in sorted(meets.get(slot, ())))
+            others = ", ".join(f"{name} on {sms} SMs" for name, sms in sorted(meets.get(slot, ())))
             raise IllegalScheduleError(
                 f"lane {lane} on {share} SMs does not fit beside what can run with it ({others}) "
-                f"on {num_groups} groups of {granularity} SMs: lower a share"
+                f"on {split.num_groups} groups of {split.granularity} SMs and {split.remainder} left "
+                "over: lower a share"
             )
         placed[slot] = place
     return placed

@@ -134,6 +134,8 @@ class Timing:
     watts: float = 0.0
     """Mean of one GPU."""
     sm_clock_mhz: float = 0.0
+    turn_spread: float = 0.0
+    """A/A band: (largest - smallest) / median of its own interleaved turns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .partition_layout import GroupRange, Slot
+from .partition_layout import GroupRange, Slot, SmSplit
 
 
 class PartitionError(RuntimeError):
@@ -37,22 +37,90 @@ def _checked(result: tuple[Any, ...], what: str) -> Any:  # noqa: ANN401 - drive
     return values[0] if len(values) == 1 else tuple(values)
 
 
-class SmPartitions:
-    """Streams on disjoint SM groups of the current device.
+class PartitionView:
+    """The partitions of one schedule (or one sweep): a stream for each (lane, share)."""
 
-    `stream(lane, num_sms)` gives the stream of a slot; a share of the whole GPU gets a plain
-    stream per lane. Create communicators before partitions.
+    def __init__(self, owner: SmPartitions, slots: Mapping[Slot, GroupRange]) -> None:
+        self._owner = owner
+        self._streams = {slot: owner.stream_of(groups) for slot, groups in slots.items()}
+
+    def stream(self, lane: str, num_sms: int) -> torch.cuda.Stream:
+        """The stream of a slot; a share of all SMs gets a plain stream of its lane.
+
+        Raises:
+            PartitionError: the slot was not laid out; names it and the known ones.
+        """
+        found = self._streams.get((lane, num_sms))
+        if found is not None:
+            return found
+        if num_sms != self._owner.num_sms:
+            known = ", ".join(f"{lane}:{share}" for lane, share in sorted(self._streams))
+            raise PartitionError(
+                f"no partition of {num_sms} SMs on lane {lane}; known: {known or 'none'}"
+            )
+        return self._owner.whole_stream(lane)
+
+    def audit(self, concurrent: Iterable[tuple[Slot, Slot]] = ()) -> tuple[PartitionAudit, ...]:
+        """Run a probe on every partition and compare the SMs it saw with what was asked.
+
+        Args:
+            concurrent: pairs of slots that can run at the same time.
+
+        Raises:
+            PartitionError: a share differs from what was asked, or two that can run at once
+                overlap; names both.
+        """
+        from .kernels.sm_probe import seen_sm_ids
+
+        audits = {
+            slot: PartitionAudit(slot=slot, sm_ids=seen_sm_ids(stream, self._owner.num_sms))
+            for slot, stream in self._streams.items()
+        }
+        check_audits(audits, concurrent)
+        return tuple(audits.values())
+
+
+def check_audits(
+    audits: Mapping[Slot, PartitionAudit], concurrent: Iterable[tuple[Slot, Slot]]
+) -> None:
+    """Refuse shares that are not what was asked, or that overlap and can run at once.
+
+    Raises:
+        PartitionError: names the slots and the SMs.
+    """
+    for slot, audit in audits.items():
+        if len(audit.sm_ids) != slot[1]:
+            raise PartitionError(
+                f"lane {slot[0]} asked for {slot[1]} SMs but ran on {len(audit.sm_ids)}: "
+                f"{sorted(audit.sm_ids)}"
+            )
+    for a, b in concurrent:
+        if a in audits and b in audits and audits[a].sm_ids & audits[b].sm_ids:
+            both = sorted(audits[a].sm_ids & audits[b].sm_ids)
+            raise PartitionError(
+                f"lane {a[0]} on {a[1]} SMs and lane {b[0]} on {b[1]} SMs can run at once but "
+                f"share SMs {both}"
+            )
+
+
+class SmPartitions:
+    """Owns one split of the current device and the green contexts made from it.
+
+    Create communicators before partitions.
     """
 
-    def __init__(self, num_sms: int, granularity: int, slots: Mapping[Slot, GroupRange]) -> None:
+    def __init__(self, num_sms: int, granularity: int) -> None:
         self.num_sms = num_sms
         self._granularity = granularity
-        self._streams: dict[Slot, torch.cuda.Stream] = {}
         self._contexts: list[Any] = []
-        self._ranges: dict[Slot, GroupRange] = {}
         self._by_range: dict[GroupRange, torch.cuda.Stream] = {}
+        self._whole: dict[str, torch.cuda.Stream] = {}
         self._groups, self._remainder = self._split()
-        self.add(slots)
+        self.split = SmSplit(
+            granularity=granularity,
+            num_groups=len(self._groups),
+            remainder=num_sms - granularity * len(self._groups),
+        )
 
     def _split(self) -> tuple[list[Any], Any]:
         from cuda.bindings import driver
@@ -76,20 +144,29 @@ class SmPartitions:
         )
         groups = list(groups)[:made]
         sizes = {group.sm.smCount for group in groups}
-        if made != count or sizes != {self._granularity}:
+        left = self.num_sms - made * self._granularity
+        if sizes != {self._granularity} or (left and remainder.sm.smCount != left):
             raise PartitionError(
-                f"asked the driver for {count} groups of {self._granularity} SMs, got {made} of "
-                f"sizes {sorted(sizes)}"
+                f"asked the driver for groups of {self._granularity} SMs, got {made} of sizes "
+                f"{sorted(sizes)} and {remainder.sm.smCount} left over of {self.num_sms}"
             )
         return groups, remainder
 
-    def add(self, slots: Mapping[Slot, GroupRange]) -> None:
-        """Make streams for further slots from the same split."""
-        for slot, groups in slots.items():
-            self._ranges[slot] = groups
-            if groups not in self._by_range:
-                self._by_range[groups] = self._make_stream(groups)
-            self._streams[slot] = self._by_range[groups]
+    def view(self, slots: Mapping[Slot, GroupRange]) -> PartitionView:
+        """Streams for the slots of a layout; equal ranges share one green context."""
+        return PartitionView(self, slots)
+
+    def stream_of(self, groups: GroupRange) -> torch.cuda.Stream:
+        """The stream on a range of SM groups."""
+        if groups not in self._by_range:
+            self._by_range[groups] = self._make_stream(groups)
+        return self._by_range[groups]
+
+    def whole_stream(self, lane: str) -> torch.cuda.Stream:
+        """A plain stream on the whole GPU, one for each lane."""
+        if lane not in self._whole:
+            self._whole[lane] = torch.cuda.Stream()
+        return self._whole[lane]
 
     def _make_stream(self, groups: GroupRange) -> torch.cuda.Stream:
         from cuda.bindings import driver
@@ -107,59 +184,11 @@ class SmPartitions:
         self._contexts.append(context)
         return torch.cuda.ExternalStream(int(stream))
 
-    def stream(self, lane: str, num_sms: int) -> torch.cuda.Stream:
-        """The stream of a slot.
-
-        Raises:
-            PartitionError: the slot was never laid out; names it and the known ones.
-        """
-        slot = (lane, num_sms)
-        if slot not in self._streams:
-            if num_sms != self.num_sms:
-                known = ", ".join(f"{known[0]}:{known[1]}" for known in sorted(self._streams))
-                raise PartitionError(
-                    f"no partition of {num_sms} SMs on lane {lane}; known: {known or 'none'}"
-                )
-            self._streams[slot] = torch.cuda.Stream()
-        return self._streams[slot]
-
-    def audit(self, concurrent: Iterable[tuple[Slot, Slot]] = ()) -> tuple[PartitionAudit, ...]:
-        """Run a probe on every partition and compare the SMs it saw with what was asked.
-
-        Args:
-            concurrent: pairs of slots that can run at the same time.
-
-        Raises:
-            PartitionError: a share differs from what was asked, or two that can run at once
-                overlap; names both.
-        """
-        from .kernels.sm_probe import seen_sm_ids
-
-        audits: dict[Slot, PartitionAudit] = {}
-        for slot in self._ranges:
-            stream = self._streams[slot]
-            sm_ids = seen_sm_ids(stream, self.num_sms)
-            if len(sm_ids) != slot[1]:
-                raise PartitionError(
-                    f"lane {slot[0]} asked for {slot[1]} SMs but ran on {len(sm_ids)}: "
-                    f"{sorted(sm_ids)}"
-                )
-            audits[slot] = PartitionAudit(slot=slot, sm_ids=sm_ids)
-        for a, b in concurrent:
-            if a in audits and b in audits and audits[a].sm_ids & audits[b].sm_ids:
-                both = sorted(audits[a].sm_ids & audits[b].sm_ids)
-                raise PartitionError(
-                    f"lane {a[0]} on {a[1]} SMs and lane {b[0]} on {b[1]} SMs can run at once but "
-                    f"share SMs {both}"
-                )
-        return tuple(audits.values())
-
     def close(self) -> None:
         """Destroy the green contexts; no kernel may be running on them."""
         from cuda.bindings import driver
 
         torch.cuda.synchronize()
-        self._streams.clear()
         self._by_range.clear()
         for context in self._contexts:
             _checked(driver.cuGreenCtxDestroy(context), "cuGreenCtxDestroy")

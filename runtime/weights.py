@@ -94,7 +94,9 @@ class Source(Protocol):
 
     def __call__(
         self, name: str, shape: tuple[int, ...], dim: int, part: tuple[int, int]
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """This rank's part of one matrix."""
+        ...
 
 
 def vocab_range(model: ModelSpec, rank: int, tp_degree: int) -> tuple[int, int]:

@@ -68,9 +68,12 @@ def _architecture(config: Mapping[str, Any], where: str) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def _refuse_unsupported(config: Mapping[str, Any], architecture: Architecture, where: str) -> None:
+def _refuse_unsupported(config: dict[str, Any], architecture: Architecture, where: str) -> None:
+    rope = dict(_mapping(config, "rope_parameters", where))
     rope_type = _rope_type(config, where)
     layer_types = config.get("layer_types") or ["full_attention"]
+    if not isinstance(layer_types, list):
+        raise SpecError(f"{where}: `layer_types`: must be a list or null, but got {layer_types!r}")
     if architecture == "qwen2":
         has_sliding_window = bool(config.get("use_sliding_window", False))
     else:
@@ -78,11 +81,12 @@ def _refuse_unsupported(config: Mapping[str, Any], architecture: Architecture, w
     unsupported = {
         f"rotary scaling of type {rope_type!r}": rope_type != "default",
         "a sliding attention window": has_sliding_window
-        or any(kind != "full_attention" for kind in layer_types),
+        or any(kind != "full_attention" for kind in cast("list[object]", layer_types)),
         "`attention_bias: true`": architecture == "llama" and bool(config.get("attention_bias")),
         "`mlp_bias: true`": bool(config.get("mlp_bias")),
         f"`hidden_act: {config.get('hidden_act')}`": config.get("hidden_act", "silu") != "silu",
-        "`partial_rotary_factor` other than 1": config.get("partial_rotary_factor", 1) != 1,
+        "`partial_rotary_factor` other than 1": (config | rope).get("partial_rotary_factor", 1)
+        != 1,
         "quantised weights (`quantization_config`)": bool(config.get("quantization_config")),
     }
     for setting, is_used in unsupported.items():

@@ -43,6 +43,10 @@ _NOUNS: dict[Kind, str] = {
     "workloads": "workload",
     "spaces": "search space",
 }
+_ALSO: dict[Kind, str] = {
+    "models": " or of a Hugging Face folder",
+    "workloads": ", or PROMPT/DECODE such as 1024/512",
+}
 _LENGTHS = re.compile(r"(\d+(?:\.\d+)?)/(\d+(?:\.\d+)?)")
 
 
@@ -133,13 +137,16 @@ class _StrictLoader(yaml.SafeLoader):
     """`yaml.SafeLoader` that refuses duplicate keys and reports every bad scalar as YAML error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode) and keys.count(key_node.value) > 1:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    problem=f"key {key_node.value!r} is given twice; keep one",
-                    problem_mark=key_node.start_mark,
+                    problem=f"key {key.value!r} is given twice; keep one",
+                    problem_mark=key.start_mark,
                 )
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: ANN401
@@ -170,9 +177,3 @@ def _load(kind: Kind, cls: type[SpecT], name: str) -> SpecT:
         f"unknown {_NOUNS[kind]} {name!r}{closest(name, names)} known are "
         f"{', '.join(names)}; or give the path of a YAML file{_ALSO.get(kind, '')}"
     )
-
-
-_ALSO: dict[Kind, str] = {
-    "models": " or of a Hugging Face folder",
-    "workloads": ", or PROMPT/DECODE such as 1024/512",
-}

@@ -54,3 +54,10 @@ def seen_sm_ids(stream: torch.cuda.Stream, num_sms: int) -> frozenset[int]:
     torch.cuda.synchronize()
     seen.update(out.tolist())
     return frozenset(seen)
+
+
+def spin(seconds: float) -> None:
+    """Keep one warp busy for `seconds`: what the board draws at full clocks with no work."""
+    out = torch.empty(1, dtype=torch.int32, device="cuda")
+    for _ in range(max(1, round(seconds / 0.1))):
+        _read_smid[(1,)](out, 100_000_000, num_warps=1)

@@ -8,6 +8,7 @@ Shape legend as in `registry.py`; further N keys gathered, M query heads of one 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -189,14 +190,25 @@ def silu_mul(up_gate_T2F: Tensor, out_TF: Tensor, num_sms: int) -> None:
 
 
 @register("all_reduce", "torch", "cuda")
-def all_reduce(x_TD: Tensor, group: Any, num_sms: int) -> None:
-    """Sum over the ranks in place; no group means one rank."""
+def all_reduce(
+    x_TD: Tensor,
+    group: Any,  # noqa: ANN401 - process group
+    num_sms: int,
+) -> None:
+    """Sum over the ranks in place; no group means one rank.
+
+    A mapping of groups (one for each NCCL variant) stands for the default group here.
+    """
     if group is not None:
-        dist.all_reduce(x_TD, group=group)
+        dist.all_reduce(x_TD, group=None if isinstance(group, Mapping) else group)
 
 
 @register("all_reduce", "torch", "cpu")
-def all_reduce_in_rank_order(x_TD: Tensor, group: Any, num_sms: int) -> None:
+def all_reduce_in_rank_order(
+    x_TD: Tensor,
+    group: Any,  # noqa: ANN401 - process group
+    num_sms: int,
+) -> None:
     """Sum in rank order: the same bits on every rank, for every split of the rows."""
     if group is None:
         return
@@ -213,5 +225,3 @@ def all_reduce_in_rank_order(x_TD: Tensor, group: Any, num_sms: int) -> None:
 def sampling(logits_RV: Tensor, best_R: Tensor, token_ids_R: Tensor, num_sms: int) -> None:
     """Greedy: the largest logit of each row and its column within this rank's vocabulary shard."""
     torch.max(logits_RV, dim=-1, out=(best_R, token_ids_R))
-
-

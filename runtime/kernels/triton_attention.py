@@ -30,7 +30,7 @@ class DecodeTile:
     programs_per_sm: int
 
 
-DECODE_TILE = DecodeTile(keys=64, num_stages=3, num_warps=4, programs_per_sm=3)
+DECODE_TILE = DecodeTile(keys=32, num_stages=3, num_warps=1, programs_per_sm=8)
 
 
 @triton.jit
@@ -55,13 +55,12 @@ def _decode_attention(  # noqa: ANN202
     H: tl.constexpr,
     PAGE: tl.constexpr,
     KEYS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Item = (decode row, KV head); online softmax in base 2."""
     head_dim = tl.arange(0, H)
     group = tl.arange(0, GROUP_BLOCK)
-    for item in range(tl.program_id(0), num_items, PROGRAMS):
+    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
         request = item // KV_HEADS
         kv_head = item % KV_HEADS
         row = tl.load(row_ids_ptr + request).to(tl.int64)
@@ -139,7 +138,6 @@ def launch_decode(
         H=heads.head_dim,
         PAGE=k_pages_PGBH.shape[2],
         KEYS=tile.keys,
-        PROGRAMS=programs,
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
     )
@@ -228,11 +226,10 @@ def _prefill_attention(  # noqa: ANN202
     PAGE: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
 ):
     """Item = (block of a segment's rows, query head)."""
     head_dim = tl.arange(0, H)
-    for item in range(tl.program_id(0), num_items, PROGRAMS):
+    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
         block = item // QO_HEADS
         head = item % QO_HEADS
         segment = 0
@@ -318,7 +315,6 @@ def prefill_attention(
         PAGE=k_pages_PGBH.shape[2],
         ROWS=block_rows,
         KEYS=64,
-        PROGRAMS=programs,
         num_warps=8,
         num_stages=2,
     )

@@ -35,9 +35,9 @@ class Tile:
 
 
 TILES = (
-    Tile(128, 256, 64, 4, 8),
-    Tile(128, 128, 64, 4, 8),
-    Tile(64, 256, 64, 4, 4),
+    Tile(128, 256, 64, 3, 8),
+    Tile(128, 128, 64, 4, 4),
+    Tile(64, 256, 64, 4, 8),
 )
 # Tiles of one group share their weights in L2 while the group's rows go by.
 _GROUP_M = 8
@@ -57,14 +57,13 @@ def _persistent_gemm(  # noqa: ANN202 - Triton kernel
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    NUM_SMS: tl.constexpr,
 ):
-    """Tile t of program p is p + t * NUM_SMS, rows of a group first."""
+    """Program p of P computes tiles p, p + P, ..., rows of a group first."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     steps_k = tl.cdiv(K, BLOCK_K)
     group_size = GROUP_M * tiles_n
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, NUM_SMS, flatten=True):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         first_m = (tile // group_size) * GROUP_M
         rows = min(tiles_m - first_m, GROUP_M)
         tile_m = first_m + (tile % group_size) % rows
@@ -92,8 +91,7 @@ def _variant(tile: Tile) -> Callable[..., None]:
         rows, depth = x_TK.shape
         width = weight_NK.shape[0]
         tiles = triton.cdiv(rows, tile.m) * triton.cdiv(width, tile.n)
-        grid = min(num_sms, tiles)
-        _persistent_gemm[(grid,)](
+        _persistent_gemm[(min(num_sms, tiles),)](
             _descriptor(x_TK, tile.m, tile.k),
             _descriptor(weight_NK, tile.n, tile.k),
             _descriptor(out_TN, tile.m, tile.n),
@@ -106,7 +104,6 @@ def _variant(tile: Tile) -> Callable[..., None]:
             BLOCK_K=tile.k,
             GROUP_M=_GROUP_M,
             HAS_BIAS=bias_N is not None,
-            NUM_SMS=grid,
             num_stages=tile.num_stages,
             num_warps=tile.num_warps,
         )

@@ -1,0 +1,296 @@
+"""The command line: `nanoflow-tune --model llama2-70b` is the main job, verbs do its parts.
+
+stderr shows progress; stdout holds a short table, the verdict, and one line of JSON last.
+
+    0 done   1 crash   2 bad input   3 no feasible plan   4 verification failed   130 interrupted
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+DONE, CRASH, BAD_INPUT, NO_PLAN, NOT_VERIFIED, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if options.verb is None and options.model is None:
+        parser.error("--model is required; `nanoflow-tune models` lists what is shipped")
+    try:
+        return _COMMANDS[options.verb](options)
+    except KeyboardInterrupt:
+        _say_interrupted(options)
+        return INTERRUPTED
+    except Exception as err:  # the boundary: every error becomes an exit code
+        if options.debug:
+            traceback.print_exc()
+        return _explain(err, options.debug)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The main job's flags, and the verbs."""
+    parser = argparse.ArgumentParser(
+        prog="nanoflow-tune",
+        description="Tune intra-device parallelism: profile, search, verify, and write one plan "
+        "with a report. Without a verb it does all of it for one model.",
+        epilog="exit: 0 done, 1 crash, 2 bad input, 3 no feasible plan, 4 verification failed",
+    )
+    parser.add_argument("--version", action="version", version=version("nanoflow-tune"))
+    _add_job_flags(parser, is_model_required=False)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+    search = verbs.add_parser("search", help="the main job without verification and figures")
+    _add_job_flags(search)
+    profile = verbs.add_parser(
+        "profile", help="measure the kernels of a model on this machine's GPU"
+    )
+    _add_job_flags(profile)
+    verify = verbs.add_parser("verify", help="run a plan against the unsplit run and compare")
+    verify.add_argument("plan", type=Path, metavar="PLAN.yaml")
+    verify.add_argument("--model", help="the model's spec, where its name alone is not known")
+    verify.add_argument("--seed", type=int, default=0, help="of weights, pages and orders")
+    _add_output_flags(verify)
+    report = verbs.add_parser("report", help="show the result in a folder and render its page anew")
+    report.add_argument("folder", type=Path, metavar="DIR")
+    _add_output_flags(report)
+    models = verbs.add_parser("models", help="list the shipped models, GPUs and workloads")
+    models.add_argument("--gpu", default="h200", help="say how many of these each model needs")
+    _add_output_flags(models)
+    return parser
+
+
+def _add_job_flags(parser: argparse.ArgumentParser, *, is_model_required: bool = True) -> None:
+    add = parser.add_argument
+    add(
+        "--model",
+        required=is_model_required,
+        help="a shipped model, a YAML file, or a Hugging Face folder or config.json",
+    )
+    add("--gpu", help="a shipped GPU or a YAML file (default: this machine's, else h200)")
+    add(
+        "--num-gpus",
+        type=_positive,
+        help="tensor-parallel degree (default: the smallest that fits)",
+    )
+    add("--workload", default="512/512", help="mean PROMPT/DECODE tokens, or a name (%(default)s)")
+    add(
+        "--profile",
+        default="auto",
+        metavar="auto|shipped|roofline|PATH",
+        help="auto measures on a GPU and takes the shipped profile elsewhere (%(default)s)",
+    )
+    add("--output-dir", type=Path, help="default: nanoflow-out/<model>-<gpu>-<workload>-tp<N>")
+    add("--effort", choices=("quick", "full"), default="quick", help="(%(default)s)")
+    add("--seed", type=int, default=0, help="(%(default)s)")
+    _add_output_flags(parser)
+
+
+def _add_output_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="only the JSON line on stdout")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, but got {value}")
+    return value
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from .report import document
+    from .tune import tune
+
+    report = tune(_tune_options(options), _stderr())
+    values = document(report)
+    _show(values, is_json_only=options.json)
+    return NOT_VERIFIED if values["verified"] is False else DONE
+
+
+def _tune_options(options: argparse.Namespace) -> Any:  # noqa: ANN401
+    from .job import TuneOptions
+
+    return TuneOptions(
+        model=options.model,
+        gpu=options.gpu,
+        num_gpus=options.num_gpus,
+        workload=options.workload,
+        profile=options.profile,
+        output_dir=options.output_dir,
+        effort=options.effort,
+        seed=options.seed,
+        is_search_only=options.verb == "search",
+    )
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from .job import resolve
+
+    job = resolve(_tune_options(options))
+    if job.stage is None:
+        raise ValueError(
+            f"profiling needs {job.num_gpus} x {job.hardware.device_name} in this machine, but "
+            "none was found; run it there, or tune from the shipped profile with --profile shipped"
+        )
+    profile = job.stage.profile(job.graph, job.batch.mix)
+    values = {
+        "hardware": profile.hardware,
+        "model": job.model.name,
+        "rows": len(profile.usable_rows),
+        "failed": len(profile.rows) - len(profile.usable_rows),
+        "pairs": len(profile.pairs),
+    }
+    print(json.dumps(values, separators=(",", ":")))
+    return DONE
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from .verification import verify_file
+
+    with _stderr().status(f"verifying {options.plan}"):
+        values = verify_file(options.plan, options.model, options.seed)
+    if not options.json:
+        for record in values["verification"]:
+            print(
+                f"passed: {record['model']}, {record['num_layers']} layers, {record['num_ranks']} "
+                f"rank(s) on {record['device']}, largest error {record['max_relative_error']:.1e} "
+                f"of {record['tolerance']:.0e}, {record['orders_checked']} orders"
+            )
+    print(json.dumps(values, separators=(",", ":")))
+    return DONE
+
+
+def _report(options: argparse.Namespace) -> int:
+    from .html import render
+    from .output_folder import read_document
+
+    values = read_document(options.folder)
+    pictures = {name: options.folder / f"{name}.png" for name in ("timeline", "sm_curves")}
+    images = {name: path.read_bytes() for name, path in pictures.items() if path.exists()}
+    try:
+        page = render(values, images)
+    except (KeyError, TypeError) as err:
+        raise ValueError(
+            f"{options.folder / 'report.json'} lacks or misshapes {err}; run the job again"
+        ) from err
+    (options.folder / "report.html").write_text(page, encoding="utf-8")
+    _show(values, is_json_only=options.json)
+    return DONE
+
+
+def _models(options: argparse.Namespace) -> int:
+    from rich import box
+    from rich.table import Table
+
+    from ..search_spaces.loader import known, load_hardware, load_model
+    from .capacity import DoesNotFitError, num_gpus_default
+
+    hardware = load_hardware(options.gpu)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("model")
+    for heading in ("parameters", "weights", "layers", f"GPUs ({hardware.name})"):
+        table.add_column(heading, justify="right")
+    for name in known("models"):
+        model = load_model(name)
+        try:
+            gpus = str(num_gpus_default(model, hardware))
+        except DoesNotFitError:
+            gpus = "does not fit"
+        table.add_row(
+            name,
+            f"{model.num_parameters / 1e9:.2f} B",
+            f"{model.weight_bytes / 1e9:.1f} GB",
+            str(model.num_hidden_layers),
+            gpus,
+        )
+    kinds = {kind: known(kind) for kind in ("models", "hardware", "workloads", "spaces")}
+    if not options.json:
+        stdout = _stdout()
+        stdout.print(table)
+        for kind in ("hardware", "workloads"):
+            stdout.print(f"{kind}: {', '.join(kinds[kind])}", highlight=False)
+    print(json.dumps(kinds, separators=(",", ":")))
+    return DONE
+
+
+_COMMANDS = {
+    None: _tune,
+    "search": _tune,
+    "profile": _profile,
+    "verify": _verify,
+    "report": _report,
+    "models": _models,
+}
+
+
+def _show(values: dict[str, Any], *, is_json_only: bool) -> None:
+    from .report import json_line, race_table
+
+    if not is_json_only:
+        stdout = _stdout()
+        stdout.print(race_table(values))
+        for text in (values["verdict"], values["next_step"]):
+            stdout.print(text, markup=False, highlight=False)
+    print(json_line(values), flush=True)
+
+
+def _stdout() -> Any:  # noqa: ANN401
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 100)
+
+
+def _stderr() -> Any:  # noqa: ANN401
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _explain(err: Exception, is_debug: bool) -> int:
+    """Say on stderr what went wrong; returns the exit code that it means."""
+    code = _exit_code(err)
+    if code != CRASH:
+        print(f"nanoflow-tune: error: {err}", file=sys.stderr)
+        return code
+    print(f"nanoflow-tune: crashed: {type(err).__name__}: {err}", file=sys.stderr)
+    if not is_debug:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="nanoflow-tune-", suffix=".txt", delete=False, encoding="utf-8"
+        ) as log:
+            traceback.print_exception(err, file=log)
+        print(f"the traceback is in {log.name}; --debug shows it here", file=sys.stderr)
+    return code
+
+
+def _exit_code(err: Exception) -> int:
+    from ..runtime.verify import VerificationError
+    from .search import NoFeasiblePlanError
+
+    if isinstance(err, VerificationError):
+        return NOT_VERIFIED
+    if isinstance(err, NoFeasiblePlanError):
+        return NO_PLAN
+    return BAD_INPUT if isinstance(err, ValueError) else CRASH
+
+
+def _say_interrupted(options: argparse.Namespace) -> None:
+    if options.verb == "profile":
+        text = "measured rows are kept; the same command goes on where it stopped"
+    elif options.verb in (None, "search"):
+        text = "nothing was written, earlier results are untouched; run the same command again"
+    else:
+        text = "nothing was changed; run the same command again"
+    print(f"nanoflow-tune: interrupted: {text}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Plays the shown schedules out, draws them, and writes the files of a job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..runtime.op_graph import OpGraph, RowMix
+from ..runtime.plan import Bucket, Candidate
+from ..runtime.plan_io import dump_plan
+from .cost_model import CostModel
+from .figures import sm_curves_png, timeline_png
+from .html import render
+from .op_table import curves
+from .output_folder import DOCUMENT
+from .report import Report, document
+from .simulator import simulate
+from .trace import Track, trace_json, track
+
+_WINDOW_LAYERS = 2
+_WARM_LAYERS = 4
+"""Layers played before the window, so that it shows the steady state."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pictures:
+    """What is drawn of a plan."""
+
+    timeline_png: bytes
+    sm_curves_png: bytes
+    trace_json: str
+
+
+def shown(bucket: Bucket) -> dict[str, Candidate]:
+    """The winner, and beside it the best overlapped and the sequential plan where they differ."""
+    roles = {"winner": bucket.winner}
+    if bucket.best_overlapped.schedule != bucket.winner.schedule:
+        roles["best overlapped"] = bucket.best_overlapped
+    if bucket.sequential.schedule != bucket.winner.schedule:
+        roles["sequential"] = bucket.sequential
+    return roles
+
+
+def play(bucket: Bucket, graph: OpGraph, cost_model: CostModel, mix: RowMix) -> dict[str, Track]:
+    """The shown schedules played out by the simulator over a whole iteration."""
+    tracks: dict[str, Track] = {}
+    for role, candidate in shown(bucket).items():
+        timeline = simulate(candidate.schedule, graph, cost_model, mix, graph.num_layers)
+        timing = candidate.predicted
+        tracks[role] = track(
+            candidate.schedule,
+            graph,
+            timeline.events,
+            source=timing.source,
+            period_us=timing.period_us,
+        )
+    return tracks
+
+
+def draw(
+    report: Report, graph: OpGraph, cost_model: CostModel, tracks: Mapping[str, Track]
+) -> Pictures:
+    """The two figures and the trace of a report."""
+    plan, bucket = report.plan, report.bucket
+    job = f"{plan.model} on {plan.num_gpus} x {report.hardware.device_name}"
+    batch = (
+        f"workload {plan.workload}, {bucket.dense_batch_tokens} tokens: {bucket.decode_tokens} "
+        f"decodes at {bucket.decode_context_tokens:.0f} keys; times from {report.profile}"
+    )
+    first = min(_WARM_LAYERS, max(0, graph.num_layers - _WINDOW_LAYERS - 1))
+    windows = [played.window(first, _WINDOW_LAYERS) for played in tracks.values()]
+    schedules = {role: candidate.schedule for role, candidate in shown(bucket).items()}
+    drawn = curves(graph, cost_model, report.batch.mix, schedules)
+    sources = ", ".join(sorted({curve.source for curve in drawn}))
+    return Pictures(
+        timeline_png=timeline_png(
+            windows[:2], title=job, subtitle=batch, num_sms=report.hardware.num_sms
+        ),
+        sm_curves_png=sm_curves_png(
+            drawn,
+            title=f"{job}: throughput against SM share",
+            subtitle=f"lines: all {bucket.dense_batch_tokens} tokens, best kernel at each share "
+            f"({sources}); marks: nano-ops on their own rows",
+        ),
+        trace_json=trace_json(list(tracks.values())),
+    )
+
+
+def write(report: Report, pictures: Pictures | None, folder: Path) -> None:
+    """Write plan, report and pictures into a folder."""
+    dump_plan(report.plan, folder / "plan.yaml")
+    values = document(report)
+    images: dict[str, bytes] = {}
+    if pictures is not None:
+        images = {"timeline": pictures.timeline_png, "sm_curves": pictures.sm_curves_png}
+        for name, png in images.items():
+            (folder / f"{name}.png").write_bytes(png)
+        (folder / "trace.json").write_text(pictures.trace_json, encoding="utf-8")
+    (folder / "report.html").write_text(render(values, images), encoding="utf-8")
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    (folder / DOCUMENT).write_text(text + "\n", encoding="utf-8")

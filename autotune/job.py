@@ -1,0 +1,188 @@
+"""From what the command line asks for to what is tuned: specs, GPUs, batch, profile, folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..profiler.profile import Profile
+from ..profiler.store import load_profile, profile_files, shipped_profile
+from ..runtime.op_graph import OpGraph
+from ..search_spaces.loader import (
+    content_hash,
+    known,
+    load_hardware,
+    load_model,
+    load_space,
+    load_workload,
+)
+from ..search_spaces.schema import HardwareSpec, ModelSpec, SearchSpace, WorkloadSpec
+from .capacity import DenseBatch, dense_batch, num_gpus_default
+from .gpu_stage import Devices, GpuStage, find_devices, find_stage
+
+Effort = Literal["quick", "full"]
+DEFAULT_GPU = "h200"
+
+
+class ProfileMissingError(ValueError):
+    """No profile of the asked GPU is at hand."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneOptions:
+    """What the command line asks for; None means: decide."""
+
+    model: str
+    gpu: str | None = None
+    num_gpus: int | None = None
+    workload: str = "512/512"
+    profile: str = "auto"
+    """`auto`, `shipped`, `roofline`, or the path of a profile."""
+    output_dir: Path | None = None
+    effort: Effort = "quick"
+    seed: int = 0
+    is_search_only: bool = False
+    """Leave out verification and pictures."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """The options, resolved."""
+
+    model: ModelSpec
+    hardware: HardwareSpec
+    workload: WorkloadSpec
+    space: SearchSpace
+    num_gpus: int
+    batch: DenseBatch
+    graph: OpGraph
+    stage: GpuStage | None
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileChoice:
+    """A profile (None: roofline) and what to call it."""
+
+    profile: Profile | None
+    title: str
+
+
+def resolve(options: TuneOptions) -> Job:
+    """Specs, number of GPUs and batch of the options.
+
+    Raises:
+        ValueError: unknown names, a model that does not fit, GPUs that cannot share it.
+    """
+    devices = find_devices()
+    model = load_model(options.model)
+    hardware = load_hardware(options.gpu or _hardware_of(devices))
+    workload, space = load_workload(options.workload), load_space(options.effort)
+    num_gpus = options.num_gpus or num_gpus_default(model, hardware)
+    batch = dense_batch(model, hardware, workload, space, num_gpus)
+    return Job(
+        model=model,
+        hardware=hardware,
+        workload=workload,
+        space=space,
+        num_gpus=num_gpus,
+        batch=batch,
+        graph=OpGraph.build(model, num_gpus),
+        stage=find_stage(devices, hardware, num_gpus),
+        reasons=_reasons(options, devices, batch, space, num_gpus),
+    )
+
+
+def _hardware_of(devices: Devices) -> str:
+    """The spec of the GPU in this machine, the default one where none is known."""
+    for name in known("hardware"):
+        if devices.name and load_hardware(name).device_name == devices.name:
+            return name
+    return DEFAULT_GPU
+
+
+def _reasons(
+    options: TuneOptions, devices: Devices, batch: DenseBatch, space: SearchSpace, num_gpus: int
+) -> tuple[str, ...]:
+    reasons: list[str] = []
+    if options.num_gpus is None:
+        noun = "GPU is" if num_gpus == 1 else "GPUs are"
+        reasons.append(
+            f"{num_gpus} {noun} the smallest power of two that holds the weights and leaves a "
+            "third of the memory for KV."
+        )
+    if batch.tokens < max(space.dense_batch_tokens):
+        reasons.append(
+            f"{batch.tokens} tokens is the largest batch whose KV cache fits: "
+            f"{batch.memory.kv_bytes / 1e9:.1f} GB of the {batch.memory.room_bytes / 1e9:.1f} GB "
+            "beside weights and activations."
+        )
+    if devices.note:
+        reasons.append(f"No GPU was used: {devices.note}.")
+    return tuple(reasons)
+
+
+def choose_profile(options: TuneOptions, job: Job) -> ProfileChoice:
+    """The profile that the options mean.
+
+    Raises:
+        ProfileMissingError: none is shipped for this GPU.
+        ValueError: the file is damaged, or of another GPU.
+    """
+    hardware = job.hardware
+    if options.profile == "roofline":
+        return ProfileChoice(profile=None, title=f"the {hardware.name} datasheet (roofline)")
+    if options.profile not in ("auto", "shipped"):
+        return _profile_from(Path(options.profile), hardware)
+    if options.profile == "auto" and job.stage is not None:
+        profile = job.stage.profile(job.graph, job.batch.mix)
+        return ProfileChoice(profile=profile, title=f"a profile measured here on {hardware.name}")
+    profile = shipped_profile(hardware.name)
+    if profile is None:
+        raise ProfileMissingError(
+            f"a prediction needs a measured profile, but none is shipped for {hardware.name!r}; "
+            f"run `nanoflow-tune profile --model {options.model} --gpu {hardware.name}` on that "
+            "GPU and pass its file with --profile PATH, or go on with datasheet figures: "
+            "--profile roofline"
+        )
+    return ProfileChoice(
+        profile=profile, title=f"the shipped {hardware.name} profile{_dated(profile)}"
+    )
+
+
+def _profile_from(path: Path, hardware: HardwareSpec) -> ProfileChoice:
+    if not path.exists():
+        raise ProfileMissingError(
+            "--profile must be auto, shipped, roofline or the path of a profile, but "
+            f"{str(path)!r} does not exist; check the path"
+        )
+    profile = load_profile(profile_files(path))
+    if profile.hardware != hardware.name:
+        raise ProfileMissingError(
+            f"a profile must be of the GPU that is planned for, but {path} is of "
+            f"{profile.hardware!r} and --gpu is {hardware.name!r}; change one of them"
+        )
+    return ProfileChoice(profile=profile, title=f"the profile {path.name}{_dated(profile)}")
+
+
+def _dated(profile: Profile) -> str:
+    facts = [profile.header[key] for key in ("gpu", "date") if key in profile.header]
+    return f" ({', '.join(facts)})" if facts else ""
+
+
+def input_hashes(job: Job, profile: Profile | None) -> dict[str, str]:
+    """Content hashes of everything that a plan is made from."""
+    hashes = {
+        "model": content_hash(job.model),
+        "hardware": content_hash(job.hardware),
+        "workload": content_hash(job.workload),
+        "space": content_hash(job.space),
+    }
+    return hashes if profile is None else {**hashes, "profile": content_hash(profile)}
+
+
+def default_folder(job: Job) -> Path:
+    """Where a job writes unless told: one folder for each model, GPU, workload and TP degree."""
+    name = f"{job.model.name}-{job.hardware.name}-{job.workload.name}-tp{job.num_gpus}"
+    return Path("nanoflow-out") / name.replace("/", "-")

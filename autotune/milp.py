@@ -1,0 +1,297 @@
+"""The structure of a period as one mixed-integer linear program.
+
+Decides together: number and sizes of nano-batches, row order, the order of all macro ops, and the
+SM share of each, for the shortest period of the repeating layer pattern.
+
+    maximise r = 1 / T                 T: period; times below are in units of T
+    s_i                                start of node i, layer 0; that of layer l is s_i + l
+    y_g, x_ia                          1: split g is taken; 1: node i runs on share a
+    w_iga = r y_g x_ia                 as sum_a w_iga = r_g, sum_g r_g = r, r_g <= R_g y_g,
+                                       sum_g w_iga <= R x_ia: exact for binary x and y
+    delta_i = sum_ga D_iga w_iga       duration of node i as a part of the period
+    s_j + distance >= s_i + delta_i    j waits for i, `distance` layers back
+    s_i + delta_i <= s_j + m_ij        nodes that must not overlap: an integer m_ij of periods puts
+    s_j + m_ij + delta_j <= s_i + 1    j behind i and before the next i
+
+Nodes of one lane must not overlap. Nodes of different lanes may (n_ij = 1) when their shares fit
+on the GPU, with those of a third lane where all three meet. Pairs that the dependencies keep apart
+need no variables. Valid cuts: a lane is busy for at most the period; so is the GPU, SM by SM.
+
+A nano-batch of size 0 has durations 0: the number of nano-batches is a choice of g.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import floor
+from typing import Any
+
+from .milp_input import Instance
+
+SLACK = 1e-7
+MAX_PERIOD = 3.0
+"""Periods of more than this many times the sequential one are not looked at."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """What the solver proved, about one layer of the MILP's model (not of the GPU)."""
+
+    status: str
+    """`optimal` (within the asked gap), `time_limit`, or `no_solution`."""
+    period_us: float
+    """Steady time of one layer; 0 without a solution."""
+    bound_us: float
+    """No choice in the model has a shorter period."""
+    gap: float
+    """1 - bound / period."""
+    seconds: float
+    num_binaries: int
+    """Integer variables."""
+    solver: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """A period found by the solver."""
+
+    split: int
+    start: tuple[float, ...]
+    """Start of each node of layer 0, in periods."""
+    share: tuple[int, ...]
+
+
+class Model:
+    """The program of one instance, in PuLP."""
+
+    def __init__(self, instance: Instance) -> None:
+        import pulp
+
+        self.pulp = pulp
+        self.instance = instance
+        self.num_nodes = len(instance.lanes)
+        self.nodes, self.splits = range(self.num_nodes), range(instance.num_splits)
+        self.distance = _path_distances(instance)
+        self.unit_us = max(_area_us(instance, split) for split in self.splits)
+        self.max_rate = [self.unit_us / _least_us(instance, split) for split in self.splits]
+        self.problem: Any = pulp.LpProblem("period", pulp.LpMaximize)
+        self.num_integers = 0
+        self._add_choices()
+        self._add_dependencies()
+        self._add_order()
+        self._add_cuts()
+
+    def _binary(self, name: str) -> Any:  # noqa: ANN401
+        self.num_integers += 1
+        return self.pulp.LpVariable(name, cat="Binary")
+
+    def _add(self, constraint: Any) -> None:  # noqa: ANN401
+        self.problem += constraint
+
+    def _add_choices(self) -> None:
+        """r, y, x, w and delta."""
+        pulp, instance, best = self.pulp, self.instance, max(self.max_rate)
+        self.rate = pulp.LpVariable("r", 1 / MAX_PERIOD, best)
+        self.problem += self.rate
+        self.y = [self._binary(f"y_{g}") for g in self.splits]
+        rates = [pulp.LpVariable(f"r_{g}", 0, self.max_rate[g]) for g in self.splits]
+        self._add(pulp.lpSum(self.y) == 1)
+        self._add(pulp.lpSum(rates) == self.rate)
+        self.x: list[dict[int, Any]] = []
+        self.delta: list[Any] = []
+        self.area: list[Any] = []
+        for g in self.splits:
+            self._add(rates[g] <= self.max_rate[g] * self.y[g])
+            self._add(rates[g] >= self.y[g] / MAX_PERIOD)
+        for i in self.nodes:
+            shares = instance.shares[i]
+            x = {a: self._binary(f"x_{i}_{a}") for a in shares}
+            w = {
+                (g, a): pulp.LpVariable(f"w_{i}_{g}_{a}", 0, self.max_rate[g])
+                for g in self.splits
+                for a in shares
+            }
+            self._add(pulp.lpSum(x.values()) == 1)
+            for g in self.splits:
+                self._add(pulp.lpSum(w[g, a] for a in shares) == rates[g])
+            for a in shares:
+                self._add(pulp.lpSum(w[g, a] for g in self.splits) <= best * x[a])
+            part = {key: instance.duration_us[i, *key] / self.unit_us for key in w}
+            self.x.append(x)
+            self.delta.append(pulp.lpSum(part[key] * w[key] for key in w if part[key]))
+            self.area.append(
+                pulp.lpSum(key[1] / instance.num_sms * part[key] * w[key] for key in w if part[key])
+            )
+
+    def _add_dependencies(self) -> None:
+        """Node 0 starts the period; every other root starts within it."""
+        pulp = self.pulp
+        self.start = [pulp.LpVariable(f"s_{i}", 0, 2) for i in self.nodes]
+        self.start[0].bounds(0, 0)
+        roots = [e.after for e in self.instance.edges if e.layer_distance]
+        for root in set(roots) - {0}:
+            self.start[root].bounds(0, 1)
+        for edge in self.instance.edges:
+            self._add(
+                self.start[edge.after] + edge.layer_distance
+                >= self.start[edge.before] + self.delta[edge.before]
+            )
+
+    def _add_order(self) -> None:
+        """Keep apart what must not overlap; tie overlaps to fitting shares."""
+        self.overlap: dict[tuple[int, int], Any] = {}
+        self.turns: dict[tuple[int, int], Any] = {}
+        has_three_lanes = len(set(self.instance.lanes)) > 2
+        for i, j in combinations(self.nodes, 2):
+            if self.distance[i][j] + self.distance[j][i] <= 1:
+                continue
+            if self.instance.lanes[i] == self.instance.lanes[j]:
+                self._keep_apart(i, j, 0)
+            elif has_three_lanes or not self._always_fit(i, j):
+                self._keep_apart(i, j, self._add_overlap(i, j))
+        if has_three_lanes:
+            self._add_triples()
+        self._add_staircase()
+
+    def _always_fit(self, i: int, j: int) -> bool:
+        shares = self.instance.shares
+        return max(shares[i]) + max(shares[j]) <= self.instance.num_sms
+
+    def _add_overlap(self, i: int, j: int) -> Any:  # noqa: ANN401
+        """n_ij: may overlap, with shares that fit."""
+        n, total = self._binary(f"n_{i}_{j}"), self.instance.num_sms
+        self.overlap[i, j] = n
+        for a, x in self.x[i].items():
+            partners = [other for b, other in self.x[j].items() if a + b <= total]
+            self._add(x + n <= 1 + self.pulp.lpSum(partners))
+        return n
+
+    def _keep_apart(self, i: int, j: int, unless: Any) -> None:  # noqa: ANN401
+        self.num_integers += 1
+        m = self.pulp.LpVariable(f"m_{i}_{j}", -2, 2, cat="Integer")
+        self.turns[i, j] = m
+        self._add(self.start[i] + self.delta[i] <= self.start[j] + m + unless)
+        self._add(self.start[j] + m + self.delta[j] <= self.start[i] + 1 + unless)
+
+    def _add_triples(self) -> None:
+        total = self.instance.num_sms
+        share = [self.pulp.lpSum(a * x for a, x in xs.items()) for xs in self.x]
+        for i, j, k in combinations(self.nodes, 3):
+            pairs = (i, j), (i, k), (j, k)
+            if not all(pair in self.overlap for pair in pairs):
+                continue
+            apart = 3 - self.pulp.lpSum(self.overlap[pair] for pair in pairs)
+            self._add(share[i] + share[j] + share[k] <= total + total * apart)
+
+    def _add_staircase(self) -> None:
+        """Turns of ordered nodes are ordered too, for pairs that are always kept apart."""
+        for (i, j), m in self.turns.items():
+            for k in self.nodes:
+                if (i, j) in self.overlap or k in (i, j):
+                    continue
+                later_j = self.turns.get((i, k))
+                if later_j is not None and (i, k) not in self.overlap and self.distance[j][k] == 0:
+                    self._add(later_j <= m)
+                later_i = self.turns.get((k, j))
+                if later_i is not None and (k, j) not in self.overlap and self.distance[i][k] == 0:
+                    self._add(later_i >= m)
+
+    def _add_cuts(self) -> None:
+        """A lane, and the GPU SM by SM, are busy for at most the period."""
+        for lane in set(self.instance.lanes):
+            members = [i for i in self.nodes if self.instance.lanes[i] == lane]
+            self._add(self.pulp.lpSum(self.delta[i] for i in members) <= 1)
+        self._add(self.pulp.lpSum(self.area) <= 1)
+
+    def solve(self, time_limit_s: float, gap: float, seed: int) -> tuple[Solution | None, Certificate]:
+        """Solve with HiGHS, or CBC where there is none."""
+        pulp, began = self.pulp, time.perf_counter()
+        highs = pulp.HiGHS(
+            msg=False, timeLimit=time_limit_s, gapRel=gap, threads=2, random_seed=seed
+        )
+        if highs.available():
+            solver, name = highs, "HiGHS"
+        else:
+            solver = pulp.PULP_CBC_CMD(msg=False, timeLimit=time_limit_s, gapRel=gap, threads=2)
+            name = "CBC"
+        self.problem.solve(solver)
+        seconds = time.perf_counter() - began
+        has_solution = self.problem.sol_status in (
+            pulp.LpSolutionOptimal,
+            pulp.LpSolutionIntegerFeasible,
+        )
+        bound_rate = max(self.max_rate)
+        if name == "HiGHS":
+            bound_rate = min(bound_rate, -self.problem.solverModel.getInfo().mip_dual_bound)
+        rate = self.rate.varValue if has_solution else 0.0
+        period_us = self.unit_us / rate if rate else 0.0
+        bound_us = self.unit_us / bound_rate
+        achieved = 1 - bound_us / period_us if rate else 1.0
+        status = "optimal" if achieved <= gap + 1e-6 else "time_limit"
+        certificate = Certificate(
+            status=status if rate else "no_solution",
+            period_us=period_us,
+            bound_us=bound_us,
+            gap=max(0.0, achieved),
+            seconds=seconds,
+            num_binaries=self.num_integers,
+            solver=name,
+        )
+        return (self._solution() if rate else None), certificate
+
+    def _solution(self) -> Solution:
+        return Solution(
+            split=max(self.splits, key=lambda g: self.y[g].varValue),
+            start=tuple(start.varValue for start in self.start),
+            share=tuple(max(xs, key=lambda a: xs[a].varValue) for xs in self.x),
+        )
+
+
+def _path_distances(instance: Instance) -> list[list[float]]:
+    """Least layer distance of any path of dependencies between two nodes."""
+    nodes = range(len(instance.lanes))
+    distance = [[0.0 if i == j else float("inf") for j in nodes] for i in nodes]
+    for edge in instance.edges:
+        known = distance[edge.before][edge.after]
+        distance[edge.before][edge.after] = min(known, edge.layer_distance)
+    for k in nodes:
+        for i in nodes:
+            for j in nodes:
+                distance[i][j] = min(distance[i][j], distance[i][k] + distance[k][j])
+    return distance
+
+
+def _area_us(instance: Instance, split: int) -> float:
+    """SM-time of all nodes at their most economical shares, over all SMs."""
+    return sum(
+        min(a * instance.duration_us[i, split, a] for a in shares) / instance.num_sms
+        for i, shares in enumerate(instance.shares)
+    )
+
+
+def _least_us(instance: Instance, split: int) -> float:
+    """A period that no choice of this split can beat."""
+    lanes: dict[str, float] = {}
+    for i, shares in enumerate(instance.shares):
+        least = min(instance.duration_us[i, split, a] for a in shares)
+        lanes[instance.lanes[i]] = lanes.get(instance.lanes[i], 0.0) + least
+    return max(_area_us(instance, split), instance.floor_us[split], *lanes.values())
+
+
+def phases(solution: Solution) -> list[tuple[float, int]]:
+    """(phase in the period, stage) of each node, stages from 0."""
+    placed: list[tuple[float, int]] = []
+    for start in solution.start:
+        stage = floor(start + SLACK)
+        placed.append((max(0.0, round(start - stage, 7)), stage))
+    least = min(stage for _, stage in placed)
+    return [(phase, stage - least) for phase, stage in placed]
+
+
+def issue_order(solution: Solution, active: Sequence[int]) -> list[int]:
+    """Nodes by phase; at the same phase older layers first, then in sequential order."""
+    placed = phases(solution)
+    return sorted(active, key=lambda node: (placed[node][0], -placed[node][1], node))

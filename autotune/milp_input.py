@@ -1,0 +1,197 @@
+"""What the structure MILP chooses from: splits, shares, and the time of each macro op for each.
+
+The candidates are coarser than what is legal, for the solver's sake: at most `MAX_FIRST_SIZES`
+places for the boundary of two nano-batches, a few compositions for three and more; on the compute
+lane only shares of at least half of the GPU, beside it at most half, and the whole GPU anywhere.
+The refinement looks between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+from ..runtime.op_graph import Op, OpGraph, RowMix
+from ..runtime.plan import NanoBatch
+from ..search_spaces.schema import RowOrder, SearchSpace
+from .cost_model import CostModel
+from .patterns import COMPUTE, NETWORK, MacroOp, batch_mix, lane_of, macro_ops, split_batches
+from .simulator import SYNC_US
+
+MAX_FIRST_SIZES = 7
+MAX_COMPUTE_SHARES = 4
+MAX_SIDE_SHARES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """One way to cut the dense batch: sizes (0 for an unused nano-batch) and row order."""
+
+    sizes: tuple[int, ...]
+    row_order: RowOrder
+
+    @property
+    def num_nano_batches(self) -> int:
+        """Nano-batches that hold rows."""
+        return sum(size > 0 for size in self.sizes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edge:
+    """Node `after` of layer l waits for node `before` of layer l - `layer_distance`."""
+
+    before: int
+    after: int
+    layer_distance: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """The numbers of one MILP. A node is a macro op of a nano-batch."""
+
+    num_sms: int
+    lanes: tuple[str, ...]
+    """Lane of each node."""
+    shares: tuple[tuple[int, ...], ...]
+    """Shares that each node may take."""
+    edges: tuple[Edge, ...]
+    num_splits: int
+    duration_us: dict[tuple[int, int, int], float]
+    """(node, split, share) -> us; 0 when the node has no rows."""
+    floor_us: tuple[float, ...]
+    """Least period of each split that the power cap allows."""
+
+
+def split_candidates(space: SearchSpace, mix: RowMix, least_batches: int = 1) -> tuple[Split, ...]:
+    """Splits offered to the MILP, up to `max_nano_batches` nano-batches."""
+    total, step, most = round(mix.tokens), space.token_granularity, space.max_nano_batches
+    compositions = [(total,)] if least_batches <= 1 else []
+    if most >= 2:
+        compositions += [(first, total - first) for first in _first_sizes(total, step)]
+    for count in range(3, most + 1):
+        compositions += _compositions(total, step, count)
+    splits: list[Split] = []
+    for sizes in compositions:
+        padded = sizes + (0,) * (most - len(sizes))
+        orders = space.row_orders[:1] if len(sizes) == 1 else space.row_orders
+        for order in orders:
+            is_mirror = order == "interleaved" and sizes[0] > sizes[-1]
+            if len(sizes) != 2 or not is_mirror:
+                splits.append(Split(sizes=padded, row_order=order))
+    return tuple(splits)
+
+
+def _first_sizes(total: int, step: int) -> list[int]:
+    firsts = list(range(step, total, step))
+    if len(firsts) <= MAX_FIRST_SIZES:
+        return firsts
+    picked = {firsts[round((k + 1) * len(firsts) / (MAX_FIRST_SIZES + 1)) - 1] for k in range(7)}
+    return sorted(picked)
+
+
+def _compositions(total: int, step: int, count: int) -> list[tuple[int, ...]]:
+    """Equal parts, and those with one part twice as large."""
+    found: list[tuple[int, ...]] = []
+    for weights in [(1,) * count] + [
+        tuple(2 if part == large else 1 for part in range(count)) for large in range(count)
+    ]:
+        ends = [round(total * sum(weights[:k]) / sum(weights) / step) for k in range(count + 1)]
+        sizes = tuple((high - low) * step for low, high in pairwise(ends))
+        if min(sizes) > 0 and sum(sizes) == total and sizes not in found:
+            found.append(sizes)
+    return found
+
+
+def lane_shares(lane: str, num_sms: int, space: SearchSpace) -> tuple[int, ...]:
+    """Shares offered to a lane, evenly thinned out, and the whole GPU."""
+    offered = space.network_sm_shares if lane == NETWORK else space.sm_shares
+    if lane == COMPUTE:
+        kept = [share for share in sorted(offered) if 2 * share >= num_sms][-MAX_COMPUTE_SHARES:]
+    else:
+        kept = [share for share in sorted(offered) if 2 * share <= num_sms][:MAX_SIDE_SHARES]
+    return (*kept, num_sms)
+
+
+def build_instance(
+    graph: OpGraph, cost_model: CostModel, space: SearchSpace, mix: RowMix, splits: Sequence[Split]
+) -> Instance:
+    """Look up every duration that the MILP may need."""
+    macros, num_sms = macro_ops(graph), cost_model.hardware.num_sms
+    num_batches = len(splits[0].sizes)
+    shares = {lane: lane_shares(lane, num_sms, space) for lane in {m.lane for m in macros}}
+    duration_us: dict[tuple[int, int, int], float] = {}
+    for split_index, split in enumerate(splits):
+        batches = iter(split_batches(split.sizes, split.row_order, mix))
+        for batch_index, size in enumerate(split.sizes):
+            batch = next(batches) if size else None
+            for macro_index, macro in enumerate(macros):
+                node = batch_index * len(macros) + macro_index
+                for share in shares[macro.lane]:
+                    key = node, split_index, share
+                    duration_us[key] = _macro_us(macro, batch, mix, share, cost_model, graph)
+    return Instance(
+        num_sms=num_sms,
+        lanes=tuple(macro.lane for macro in macros) * num_batches,
+        shares=tuple(shares[macro.lane] for macro in macros) * num_batches,
+        edges=tuple(_edges(macros, num_batches)),
+        num_splits=len(splits),
+        duration_us=duration_us,
+        floor_us=(0.0,) * len(splits),
+    )
+
+
+def _edges(macros: Sequence[MacroOp], num_batches: int) -> list[Edge]:
+    edges: list[Edge] = []
+    for batch in range(num_batches):
+        for macro_index, macro in enumerate(macros):
+            for need in macro.needs:
+                first = 0 if need.reach == "prefix" else batch
+                edges += [
+                    Edge(
+                        before=producer * len(macros) + need.macro,
+                        after=batch * len(macros) + macro_index,
+                        layer_distance=need.layer_distance,
+                    )
+                    for producer in range(first, batch + 1)
+                ]
+    return edges
+
+
+def _macro_us(
+    macro: MacroOp,
+    batch: NanoBatch | None,
+    mix: RowMix,
+    share: int,
+    cost_model: CostModel,
+    graph: OpGraph,
+) -> float:
+    """Solo times at their fastest variants, the mean slowdown beside other lanes, one sync."""
+    if batch is None:
+        return 0.0
+    rows, total_us = batch_mix(batch, mix), 0.0
+    for op in macro.ops:
+        us = cost_model.best(op, rows, share)[1].us
+        total_us += us * mean_slowdown(op, share, cost_model, graph)
+    is_alone = share == cost_model.hardware.num_sms and macro.lane == COMPUTE
+    return total_us + (SYNC_US if total_us and not is_alone else 0.0)
+
+
+def mean_slowdown(op: Op, share: int, cost_model: CostModel, graph: OpGraph) -> float:
+    """Mean slowdown of an op beside a typical op of each other lane; 1 on the whole GPU."""
+    rest = cost_model.hardware.num_sms - share
+    if rest <= 0:
+        return 1.0
+    partners = [other for other in _typical_ops(graph) if lane_of(other) != lane_of(op)]
+    slowdowns = [cost_model.slowdown(op, share, other, rest) for other in partners]
+    return sum(slowdowns) / len(slowdowns) if slowdowns else 1.0
+
+
+@cache
+def _typical_ops(graph: OpGraph) -> tuple[Op, ...]:
+    """The heaviest GEMM, decode attention, and a collective where there is one."""
+    gemms = [op for op in graph.layer if op.kind == "gemm"]
+    heaviest = sorted(gemms, key=lambda op: op.weight_elements)[-1:]
+    others = {op.kind: op for op in graph.layer if lane_of(op) != COMPUTE}
+    return (*heaviest, *others.values())

@@ -1,0 +1,193 @@
+"""The main job: specs -> profile -> search -> verify -> plan, report and pictures.
+
+    resolve   which model on how many of which GPU, and the batch that fits
+    profile   measured here, read from a file, shipped, or none (roofline)
+    search    structure, shares and kernels; on a GPU candidates are measured
+    verify    the planned run against the unsplit one, on the GPU or scaled down on the CPU
+    emit      plan.yaml, report.json, report.html, timeline.png, sm_curves.png, trace.json
+
+With a GPU stage (`gpu_stage.py`) the same steps measure; without one they predict.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import closing, nullcontext
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..profiler.profile import Profile
+from ..runtime.plan import Bucket, Plan, Schedule
+from ..search_spaces.schema import RowOrder
+from .cost_model import CostModel
+from .emit import draw, play, shown, write
+from .job import (
+    Job,
+    ProfileChoice,
+    TuneOptions,
+    choose_profile,
+    default_folder,
+    input_hashes,
+    resolve,
+)
+from .op_table import gemm_peak, op_rows
+from .output_folder import claim, staging
+from .provenance import commit, created_by, provenance
+from .report import Report
+from .search import SearchResult, search
+from .trace import Track
+from .verification import verify
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PAGE_SIZE = 16
+"""Tokens of one KV-cache page."""
+
+
+def tune(options: TuneOptions, console: Console) -> Report:
+    """Run the whole job and write its output folder.
+
+    Args:
+        options: what to tune.
+        console: progress goes here.
+
+    Raises:
+        ValueError: input that breaks a rule (specs, capacity, profile, output folder).
+    """
+    started = time.monotonic()
+    job = resolve(options)
+    say(
+        console,
+        "job",
+        f"{job.model.name} on {job.num_gpus} x {job.hardware.name}, workload "
+        f"{job.workload.name}, {job.batch.tokens} tokens a batch",
+    )
+    folder = options.output_dir or default_folder(job)
+    replaced = claim(folder, _identity(job), is_measured=job.stage is not None)
+    chosen = choose_profile(options, job)
+    say(console, "profile", chosen.title)
+    cost_model = CostModel(chosen.profile, job.hardware, job.model.torch_dtype)
+    with staging(folder) as aside, closing(job.stage) if job.stage else nullcontext():
+        result = _search(options, job, cost_model, aside, console)
+        plan = _plan(job, chosen.profile, result)
+        if not options.is_search_only:
+            say(console, "verify", f"winner and best overlapped on {job.num_gpus} rank(s)")
+            with console.status("verifying"):
+                plan = verify(plan, job.model, options.seed, job.stage)
+        tracks = play(plan.buckets[0], job.graph, cost_model, job.batch.mix)
+        report = _report(options, job, chosen, cost_model, result, plan, tracks)
+        pictures = None
+        if not options.is_search_only:
+            say(console, "report", "figures, trace, page")
+            pictures = draw(report, job.graph, cost_model, tracks)
+        report = replace(
+            report,
+            plan_path=str(folder / "plan.yaml"),
+            elapsed_s=time.monotonic() - started,
+        )
+        write(report, pictures, aside)
+    say(console, "output", f"{folder}" + (f" ({replaced})" if replaced else ""))
+    return report
+
+
+def say(console: Console, stage: str, text: str) -> None:
+    """One line of progress."""
+    console.print(f"[bold cyan]{stage:<9}[/] ", end="")
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _identity(job: Job) -> dict[str, object]:
+    return {
+        "model": job.model.name,
+        "hardware": job.hardware.name,
+        "workload": job.workload.name,
+        "num_gpus": job.num_gpus,
+    }
+
+
+def _search(
+    options: TuneOptions, job: Job, cost_model: CostModel, aside: Path, console: Console
+) -> SearchResult:
+    with console.status("searching"):
+        return search(
+            job.graph,
+            cost_model,
+            job.hardware,
+            job.space,
+            job.batch.mix,
+            seed=options.seed,
+            storage=f"sqlite:///{aside / 'search.db'}",
+            measure=job.stage.measure if job.stage else None,
+        )
+
+
+def _plan(job: Job, profile: Profile | None, result: SearchResult) -> Plan:
+    mix = job.batch.mix
+    bucket = Bucket(
+        dense_batch_tokens=job.batch.tokens,
+        decode_tokens=job.batch.decode_tokens,
+        decode_context_tokens=mix.decode_context_tokens,
+        prefill_context_tokens=mix.prefill_context_tokens,
+        row_order=row_order(result.winner.schedule),
+        winner=result.winner,
+        sequential=result.sequential,
+        best_overlapped=result.best_overlapped,
+        lower_bound_us=result.lower_bound_us,
+        power_limit_us=result.power_limit_us,
+        bound=result.bound,
+    )
+    return Plan(
+        model=job.model.name,
+        hardware=job.hardware.name,
+        workload=job.workload.name,
+        num_gpus=job.num_gpus,
+        dtype=job.model.torch_dtype,
+        kv_dtype=job.model.torch_dtype,
+        page_size=PAGE_SIZE,
+        inputs=input_hashes(job, profile),
+        created_by=created_by(),
+        buckets=(bucket,),
+    )
+
+
+def row_order(schedule: Schedule) -> RowOrder:
+    """`decodes_first` when no decode row comes behind a prefill row."""
+    for batch, following in pairwise(schedule.nano_batches):
+        if batch.decode_tokens < batch.num_tokens and following.decode_tokens:
+            return "interleaved"
+    return "decodes_first"
+
+
+def _report(
+    options: TuneOptions,
+    job: Job,
+    chosen: ProfileChoice,
+    cost_model: CostModel,
+    result: SearchResult,
+    plan: Plan,
+    tracks: Mapping[str, Track],
+) -> Report:
+    candidates, mix = shown(plan.buckets[0]), job.batch.mix
+    settings = {"effort": options.effort, "seed": options.seed}
+    return Report(
+        plan=plan,
+        plan_path="",
+        model=job.model,
+        hardware=job.hardware,
+        batch=job.batch,
+        race=result.race,
+        certificate=asdict(result.certificate),
+        op_tables={
+            role: op_rows(candidates[role].schedule, job.graph, cost_model, mix, played.bars)
+            for role, played in tracks.items()
+        },
+        gemm_peak=gemm_peak(chosen.profile, job.hardware, job.model.torch_dtype),
+        profile=chosen.title,
+        provenance=provenance(plan.inputs, chosen.profile, settings),
+        reasons=job.reasons,
+        commit=commit(),
+    )

@@ -1,0 +1,215 @@
+"""Times whole iterations of schedules on the real model, interleaved in one sustained run.
+
+All schedules share weights, KV cache and requests. Each is captured into a CUDA graph; then they
+take turns of about half a second, so that heat, clocks and neighbours hit all alike. The spread
+between a schedule's own turns is its A/A band.
+
+Runs on every tensor-parallel rank (module-level functions for `runtime.launch.RankGroup`).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..runtime.batching import DenseBatch, Request
+from ..runtime.device import device_resources
+from ..runtime.executor import Executor
+from ..runtime.kv_cache import PagedKvCache
+from ..runtime.launch import RankContext
+from ..runtime.op_graph import OpGraph, RowMix
+from ..runtime.plan import Schedule, Timing
+from ..runtime.steady_state import steady_pages, steady_requests
+from ..runtime.weights import Weights, random_weights
+from ..search_spaces.schema import HardwareSpec, ModelSpec
+from .power import PowerMeter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IterationCase:
+    """What is held fixed while schedules are compared."""
+
+    model: ModelSpec
+    hardware: HardwareSpec
+    tp_degree: int
+    mix: RowMix
+    page_size: int = 16
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """The model and its KV cache on one rank, kept between calls."""
+
+    case: IterationCase
+    graph: OpGraph
+    weights: Weights
+    cache: PagedKvCache
+    requests: tuple[Request, ...]
+    meter: PowerMeter
+
+
+@dataclass(slots=True)
+class _Turns:
+    """What one schedule's turns gave on this rank."""
+
+    times_us: list[float] = field(default_factory=list[float])
+    turn_medians_us: list[float] = field(default_factory=list[float])
+    joules: list[float] = field(default_factory=list[float])
+    watts: list[float] = field(default_factory=list[float])
+    clocks_mhz: list[float] = field(default_factory=list[float])
+
+
+def load_model(ctx: RankContext, case: IterationCase) -> None:
+    """Put the model's weights and a full KV cache on this rank's GPU, once per case."""
+    loaded: _Loaded | None = ctx.state.get("iteration")
+    if loaded is not None and loaded.case == case:
+        return
+    unload_model(ctx)
+    device = torch.device(ctx.device)
+    cache = PagedKvCache(
+        case.model,
+        num_pages=steady_pages(case.mix, case.page_size, mixed_lengths=True) + 8,
+        device=device,
+        tp_degree=case.tp_degree,
+        rank=ctx.rank,
+        page_size=case.page_size,
+        seed=case.seed,
+    )
+    cache.fill_random(case.seed)
+    ctx.state["iteration"] = _Loaded(
+        case=case,
+        graph=OpGraph.build(case.model, case.tp_degree),
+        weights=random_weights(
+            case.model,
+            rank=ctx.rank,
+            tp_degree=case.tp_degree,
+            device=device,
+            seed=case.seed,
+            sharded_exactly=False,
+        ),
+        cache=cache,
+        requests=steady_requests(
+            case.mix,
+            cache,
+            vocab_size=case.model.vocab_size,
+            seed=case.seed,
+            mixed_lengths=True,
+        ),
+        meter=PowerMeter(ctx.rank),
+    )
+
+
+def unload_model(ctx: RankContext) -> None:
+    """Give this rank's GPU memory back."""
+    ctx.state.pop("iteration", None)
+    torch.cuda.empty_cache()
+
+
+def measure_schedules(
+    ctx: RankContext,
+    case: IterationCase,
+    schedules: Sequence[Schedule],
+    rounds: int,
+    turn_s: float,
+) -> list[Timing]:
+    """Time each schedule over `rounds` interleaved turns of about `turn_s` seconds.
+
+    Returns:
+        One timing per schedule; watts and clocks are this rank's, joules of this rank's GPU.
+    """
+    load_model(ctx, case)
+    loaded: _Loaded = ctx.state["iteration"]
+    executors = [_captured(ctx, loaded, schedule) for schedule in schedules]
+    counts = _agree([_iterations_of(executor, turn_s) for executor in executors])
+    turns = [_Turns() for _ in executors]
+    for executor, count in zip(executors, counts, strict=True):  # at least half a second in all
+        _replay(executor, max(1, count // 2))
+    torch.cuda.synchronize()
+    for _ in range(rounds):
+        for executor, count, turn in zip(executors, counts, turns, strict=True):
+            _take_turn(loaded.meter, executor, count, turn)
+    return [_timing(turn) for turn in turns]
+
+
+def _captured(ctx: RankContext, loaded: _Loaded, schedule: Schedule) -> Executor:
+    batch = DenseBatch.build(
+        schedule.nano_batches,
+        loaded.requests,
+        page_size=loaded.cache.page_size,
+        device=loaded.weights.device,
+    )
+    resources = device_resources(ctx, loaded.graph, loaded.case.hardware, (schedule,))
+    executor = Executor(
+        loaded.graph, loaded.weights, loaded.cache, batch, schedule, resources
+    ).prepare()
+    executor.capture()
+    return executor
+
+
+def _replay(executor: Executor, count: int) -> None:
+    for _ in range(count):
+        executor.replay()
+
+
+def _iterations_of(executor: Executor, turn_s: float) -> int:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    executor.replay()
+    start.record()
+    executor.replay()
+    end.record()
+    end.synchronize()
+    return max(2, round(turn_s * 1e3 / start.elapsed_time(end)))
+
+
+def _agree(counts: list[int]) -> list[int]:
+    """Rank 0's counts on every rank: ranks must replay equally often."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return counts
+    box: list[Any] = [counts]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _take_turn(meter: PowerMeter, executor: Executor, count: int, turn: _Turns) -> None:
+    _replay(executor, max(1, count // 8))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    torch.cuda.synchronize()
+    with meter:
+        events[0].record()
+        for event in events[1:]:
+            executor.replay()
+            event.record()
+        events[count // 2].synchronize()
+        clock = meter.sm_clock_mhz
+        torch.cuda.synchronize()
+    times = [
+        1e3 * before.elapsed_time(after)
+        for before, after in zip(events, events[1:], strict=False)
+    ]
+    turn.times_us += times
+    turn.turn_medians_us.append(statistics.median(times))
+    turn.joules.append(meter.joules / count)
+    turn.watts.append(meter.watts)
+    turn.clocks_mhz.append(clock)
+
+
+def _timing(turn: _Turns) -> Timing:
+    ordered = sorted(turn.times_us)
+    median = statistics.median(ordered)
+    return Timing(
+        period_us=median,
+        source="measured",
+        p10_us=ordered[len(ordered) // 10],
+        p90_us=ordered[len(ordered) * 9 // 10],
+        joules=statistics.mean(turn.joules),
+        watts=statistics.mean(turn.watts),
+        sm_clock_mhz=statistics.mean(turn.clocks_mhz),
+        turn_spread=(max(turn.turn_medians_us) - min(turn.turn_medians_us)) / median,
+    )

@@ -1,0 +1,251 @@
+"""Measures a grid on this GPU: partitions, cases, timer, energy; every row is written at once.
+
+Runs on every tensor-parallel rank. Solo points are measured by rank 0 alone while the others wait;
+collectives by all ranks together. A killed run resumes: points already in the file are skipped. A
+failing point becomes a row with its error.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..runtime.partition_layout import GroupRange, Slot, SmSplit
+from ..runtime.sm_partition import SmPartitions
+from ..search_spaces.schema import HardwareSpec
+from .cases import CaseFactory
+from .grid import Grid
+from .power import PowerMeter
+from .profile import PairRow, Point, Row
+from .store import ProfileWriter, read_pairs, read_rows
+from .timing import Batch, Timer
+
+FRONT, BACK = "front", "back"
+
+
+def share_slots(num_sms: int, split: SmSplit) -> dict[Slot, GroupRange]:
+    """A front partition of every multiple of the granularity, and its complement at the back."""
+    slots: dict[Slot, GroupRange] = {}
+    for size in range(1, split.num_groups + 1):
+        share = size * split.granularity
+        if share == num_sms:
+            continue
+        slots[FRONT, share] = GroupRange(start=0, end=size)
+        slots[BACK, num_sms - share] = GroupRange(
+            start=size, end=split.num_groups, has_remainder=split.remainder > 0
+        )
+    return slots
+
+
+class Sweep:
+    """One rank's profiler: owns the timer, the partitions and the operands."""
+
+    def __init__(
+        self, hardware: HardwareSpec, meter: PowerMeter, kv_pool_bytes: float, groups: Any = None  # noqa: ANN401
+    ) -> None:
+        self.hardware = hardware
+        self.meter = meter
+        self.timer = Timer(meter)
+        self._groups = groups
+        device = torch.device("cuda", torch.cuda.current_device())
+        self._cases = CaseFactory(torch.bfloat16, device, kv_pool_bytes)
+        partitions = SmPartitions(hardware.num_sms, hardware.sm_granularity)
+        slots = share_slots(hardware.num_sms, partitions.split)
+        self._partitions = partitions.view(slots)
+        complements = [
+            ((FRONT, share), (BACK, hardware.num_sms - share))
+            for lane, share in slots
+            if lane == FRONT
+        ]
+        audits = self._partitions.audit(complements)
+        self.audit = f"{len(audits)} partitions on exactly the SMs asked for, pairs disjoint"
+
+    def stream(self, num_sms: int, lane: str = "") -> torch.cuda.Stream:
+        """The partition of a share; multiples of the granularity sit in front."""
+        if num_sms == self.hardware.num_sms:
+            return self._partitions.stream("whole", num_sms)
+        default = FRONT if num_sms % self.hardware.sm_granularity == 0 else BACK
+        return self._partitions.stream(lane or default, num_sms)
+
+    def header(self, commit: str, command: str, static_w: float) -> dict[str, str]:
+        """Provenance of a profile file."""
+        import triton
+
+        return {
+            "hardware": self.hardware.name,
+            "dtype": "bfloat16",
+            "gpu": torch.cuda.get_device_name(),
+            "driver": self.meter.driver_version,
+            "versions": f"python {platform.python_version()}, torch {torch.__version__}, "
+            f"triton {triton.__version__}, nccl {'.'.join(map(str, torch.cuda.nccl.version()))}",
+            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+            "commit": commit,
+            "command": command,
+            "static_w": f"{static_w:.1f}",
+            "power_cap_w": f"{self.meter.power_cap_w:.0f}",
+            "audit": self.audit,
+            "regime": "sustained: heated between points, random normal data, 30 ms a point",
+        }
+
+    def static_watts(self, seconds: float = 0.6) -> float:
+        """Board power with nothing to do but one spinning warp at full clocks."""
+        from ..runtime.kernels.sm_probe import spin
+
+        torch.cuda.synchronize()
+        spin(seconds / 3)
+        torch.cuda.synchronize()
+        with self.meter as meter:
+            spin(seconds)
+            torch.cuda.synchronize()
+        return meter.watts
+
+    def compile(self, points: Iterable[Point]) -> None:
+        """Call each (kind, shape, variant) once, so that no compiler runs between samples."""
+        seen: set[tuple[str, str, str]] = set()
+        for point in points:
+            key = (point.kind, point.shape, point.variant)
+            if key not in seen and point.kind != "all_reduce":
+                seen.add(key)
+                self.measure(point, with_joules=False)
+
+    def measure(self, point: Point, with_joules: bool) -> Row:
+        """Time one point alone on its share; errors become a row."""
+        try:
+            calls = self._cases.calls(point, self._groups)
+            batch = self.timer.batch(calls, self.stream(point.num_sms))
+            samples = self.timer.sample(batch)
+            joules = self.timer.joules_per_call(batch, samples.median_us) if with_joules else 0.0
+        except (RuntimeError, ValueError) as err:
+            torch.cuda.synchronize()
+            return _failed(point, str(err).splitlines()[0])
+        return Row(
+            point=point,
+            median_us=samples.median_us,
+            p10_us=samples.percentile(0.1),
+            p90_us=samples.percentile(0.9),
+            n=len(samples.times_us),
+            joules=joules,
+            joules_source="measured" if with_joules else "missing",
+            sm_clock_mhz=samples.sm_clock_mhz,
+            watts=joules / (samples.median_us * 1e-6),
+        )
+
+    def measure_collective(self, point: Point, calls_per_batch: int = 20) -> Row:
+        """Time one all-reduce on all ranks at once; counts are fixed so that ranks agree."""
+        calls = self._cases.calls(point, self._groups)
+        stream = self.stream(point.num_sms)
+        with torch.cuda.stream(stream):
+            calls[0]()
+        torch.cuda.synchronize()
+        self.timer.heat(10.0)
+        batch = Batch(calls, stream, calls_per_batch)
+        samples = self.timer.sample_fixed(batch, warm=2, count=12)
+        return Row(
+            point=point,
+            median_us=samples.median_us,
+            p10_us=samples.percentile(0.1),
+            p90_us=samples.percentile(0.9),
+            n=len(samples.times_us),
+            joules=0.0,
+            joules_source="missing",
+            sm_clock_mhz=samples.sm_clock_mhz,
+            watts=0.0,
+        )
+
+    def measure_pair(self, a: Point, b: Point) -> PairRow:
+        """Run A and B side by side for about 0.6 s, each also alone just before."""
+        streams = self.stream(a.num_sms, BACK), self.stream(b.num_sms, FRONT)
+        batches = [
+            self.timer.batch(self._cases.calls(point, self._groups), stream)
+            for point, stream in zip((a, b), streams, strict=True)
+        ]
+        alone = [self.timer.sample(batch).median_us for batch in batches]
+        together = self.timer.sample_together(batches[0], batches[1], alone, seconds=0.6)
+        return PairRow(
+            a=a,
+            b=b,
+            slowdown_a=together.median_us[0] / alone[0],
+            slowdown_b=together.median_us[1] / alone[1],
+            watts=together.watts,
+            sm_clock_mhz=together.sm_clock_mhz,
+            n=together.n,
+        )
+
+
+def _failed(point: Point, error: str) -> Row:
+    return Row(
+        point=point,
+        median_us=0.0,
+        p10_us=0.0,
+        p90_us=0.0,
+        n=0,
+        joules=0.0,
+        joules_source="missing",
+        sm_clock_mhz=0.0,
+        watts=0.0,
+        error=error.replace(",", ";"),
+    )
+
+
+def run_sweep(
+    sweep: Sweep,
+    grid: Grid,
+    path: Path,
+    header: dict[str, str],
+    *,
+    rank: int = 0,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Measure what `path` does not hold yet; rank 0 writes.
+
+    Args:
+        on_progress: called with (points done, points in all).
+    """
+    pairs_path = path.with_suffix(".pairs.csv")
+    have = {row.point for row in read_rows(path)[1]} if path.exists() else set[Point]()
+    have_pairs = (
+        {(pair.a, pair.b) for pair in read_pairs(pairs_path)[1]}
+        if pairs_path.exists()
+        else set[tuple[Point, Point]]()
+    )
+    total = len(grid.solo) + len(grid.pairs)
+    if rank == 0:
+        writer = ProfileWriter.solo(path, header)
+        sweep.compile(grid.solo)
+        solo = [p for p in grid.solo if p.kind != "all_reduce" and p not in have]
+        for done, point in enumerate(solo, start=total - len(grid.pairs) - len(solo)):
+            writer.append(sweep.measure(point, point in grid.joule_points))
+            on_progress(done + 1, total)
+        pair_writer = ProfileWriter.pairs(pairs_path, header)
+        for a, b in grid.pairs:
+            if (a, b) not in have_pairs:
+                pair_writer.append(sweep.measure_pair(a, b))
+        writer.close()
+        pair_writer.close()
+
+
+def run_collectives(
+    sweep: Sweep, grid: Grid, path: Path, header: dict[str, str], *, rank: int
+) -> None:
+    """Measure the grid's all-reduces on all ranks in step; rank 0 writes.
+
+    What is left is decided by rank 0 and told to all, so that every rank runs the same points.
+    """
+    import torch.distributed as dist
+
+    have = {row.point for row in read_rows(path)[1]} if rank == 0 and path.exists() else set[Point]()
+    left: list[Any] = [[p for p in grid.solo if p.kind == "all_reduce" and p not in have]]
+    dist.broadcast_object_list(left, src=0)
+    writer = ProfileWriter.solo(path, header) if rank == 0 else None
+    for point in left[0]:
+        dist.barrier()
+        row = sweep.measure_collective(point)
+        if writer is not None:
+            writer.append(row)
+    if writer is not None:
+        writer.close()

@@ -1,0 +1,285 @@
+"""Worker processes, one per tensor-parallel rank, that stay for many calls.
+
+    with RankGroup(2, device="cuda") as ranks:
+        results = ranks.call(measure, schedule)      # measure(ctx, schedule) on every rank
+
+The parent imports no torch: functions travel by name, so a module whose functions are called
+here imports torch inside them when the parent must stay light. A rank that dies or hangs ends all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+DeviceType = Literal["cpu", "cuda"]
+ResultT = TypeVar("ResultT")
+
+_PACKAGE = __name__.partition(".")[0]
+_GRACE_S = 5.0
+"""After one rank failed, the others have this long to finish before they are ended."""
+
+
+class RankError(RuntimeError):
+    """A rank raised, died or hung; the message names it and the cause."""
+
+
+@dataclass(slots=True)
+class RankContext:
+    """What a called function gets first."""
+
+    rank: int
+    world_size: int
+    device: str
+    """`cpu` or `cuda:<rank>`."""
+    state: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Objects that a rank keeps between calls."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    error: BaseException | None
+    """The exception itself when it is a domain error."""
+    summary: str
+    details: str
+
+
+class RankGroup:
+    """`world_size` processes with a process group among them (gloo or NCCL)."""
+
+    def __init__(
+        self, world_size: int, device: DeviceType = "cpu", timeout_s: float = 1800.0
+    ) -> None:
+        """Describe the ranks; they start on entry.
+
+        Args:
+            world_size: number of ranks, on this host.
+            device: `cuda` gives each rank the GPU of its number.
+            timeout_s: a call that takes longer counts as hung.
+
+        Raises:
+            ValueError: fewer than one rank.
+        """
+        if world_size < 1:
+            raise ValueError(f"`world_size` must be at least 1, but got {world_size}")
+        self.world_size = world_size
+        self.device: DeviceType = device
+        self.timeout_s = timeout_s
+        self._processes: list[SpawnProcess] = []
+        self._pipes: list[Connection] = []
+
+    def __enter__(self) -> Self:
+        spawn = multiprocessing.get_context("spawn")
+        try:
+            for rank in range(self.world_size):
+                ours, theirs = spawn.Pipe()
+                arguments = (theirs, rank, self.world_size, self.device, self.timeout_s)
+                process = spawn.Process(target=_serve, args=arguments, daemon=True)
+                process.start()
+                theirs.close()
+                self._processes.append(process)
+                self._pipes.append(ours)
+            # Rank 0 opens the rendezvous on a port of the system's choice and tells the others.
+            port = self._collect([0])[0]
+            for pipe in self._pipes[1:]:
+                pipe.send(port)
+            self._collect(range(self.world_size))
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def call(self, fn: Callable[..., ResultT], *args: object) -> list[ResultT]:
+        """Run `fn(ctx, *args)` on every rank; the results in rank order.
+
+        Args:
+            fn: a module-level function.
+            args: picklable.
+
+        Raises:
+            RankError: a rank raised, died or hung. A `ValueError`, or an error of this package,
+                keeps its type and carries the rank's traceback as a note.
+        """
+        if not self._processes:
+            raise RankError("the ranks are not running: use `with RankGroup(...) as ranks`")
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                pipe.send((fn, args))
+            except (BrokenPipeError, ConnectionError) as err:
+                self.close()
+                raise RankError(f"rank {rank} is gone, so all ranks were ended") from err
+        return self._collect(range(self.world_size))
+
+    def close(self) -> None:
+        """End all ranks."""
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):
+                pipe.send(None)
+        deadline = time.monotonic() + _GRACE_S
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        for process in self._processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes.clear()
+        self._pipes.clear()
+
+    def _abort(self) -> None:
+        """End all ranks at once: they hang, or would."""
+        for process in self._processes:
+            process.kill()
+        self.close()
+
+    def _collect(self, ranks: Sequence[int]) -> list[Any]:
+        waiting = {self._pipes[rank]: rank for rank in ranks}
+        replies: dict[int, Any] = {}
+        failed: tuple[int, _Failure] | None = None
+        deadline = time.monotonic() + self.timeout_s
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                try:
+                    replies[rank] = pipe.recv()
+                except (EOFError, ConnectionError):
+                    replies[rank] = self._death(rank)
+                if isinstance(replies[rank], _Failure) and failed is None:
+                    failed = rank, replies[rank]
+                    deadline = min(deadline, time.monotonic() + _GRACE_S)
+        if failed is None and not waiting:
+            return [replies[rank] for rank in ranks]
+        hung = sorted(waiting.values())
+        if hung or not all(process.is_alive() for process in self._processes):
+            self._abort()
+        if failed is None:
+            raise RankError(
+                f"no answer from rank {', '.join(map(str, hung))} within {self.timeout_s:g} s, so "
+                "all ranks were ended; a collective that some ranks never reach hangs like this"
+            )
+        raise _raised(*failed)
+
+    def _death(self, rank: int) -> _Failure:
+        process = self._processes[rank]
+        process.join(_GRACE_S)
+        summary = f"the process died with exit code {process.exitcode}"
+        return _Failure(None, f"{summary}, so all ranks were ended", "")
+
+
+def _raised(rank: int, failure: _Failure) -> BaseException:
+    if failure.error is not None:
+        failure.error.add_note(f"on rank {rank}:\n{failure.details}")
+        return failure.error
+    error = RankError(f"rank {rank}: {failure.summary}")
+    if failure.details:
+        error.add_note(failure.details)
+    return error
+
+
+def _serve(
+    pipe: Connection, rank: int, world_size: int, device: DeviceType, timeout_s: float
+) -> None:
+    """A rank's life: join the process group, answer calls until told to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    try:
+        context = _join(pipe, rank, world_size, device, timeout_s)
+    except Exception as err:
+        pipe.send(_failure(err))
+        return
+    pipe.send(None)
+    while True:
+        try:
+            message = pipe.recv()
+        except EOFError:
+            break
+        except Exception as err:
+            pipe.send(_failure(err))
+            continue
+        if message is None:
+            break
+        _answer(pipe, context, *message)
+    if world_size > 1:
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+
+
+def _answer(
+    pipe: Connection, context: RankContext, fn: Callable[..., Any], args: tuple[object, ...]
+) -> None:
+    try:
+        reply = pickle.dumps(fn(context, *args))
+    except Exception as err:
+        reply = pickle.dumps(_failure(err))
+    pipe.send_bytes(reply)
+
+
+def _join(
+    pipe: Connection, rank: int, world_size: int, device: DeviceType, timeout_s: float
+) -> RankContext:
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    context = RankContext(rank, world_size, f"cuda:{rank}" if device == "cuda" else "cpu")
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(1)  # small ops; several ranks share the cores
+    if world_size > 1 and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one host: no name look-up
+    timeout = timedelta(seconds=timeout_s)
+    store: dist.TCPStore | None = None
+    if rank == 0:
+        if world_size > 1:
+            store = dist.TCPStore("127.0.0.1", 0, None, True, timeout, wait_for_workers=False)
+        pipe.send(store.port if store is not None else 0)
+    else:
+        store = dist.TCPStore("127.0.0.1", pipe.recv(), None, False, timeout)
+    if store is not None:
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=torch.device(context.device) if device == "cuda" else None,
+        )
+    return context
+
+
+def _failure(err: BaseException) -> _Failure:
+    details = "".join(traceback.format_exception(err))
+    is_domain = isinstance(err, ValueError) or type(err).__module__.startswith(_PACKAGE + ".")
+    kept: BaseException | None = None
+    if is_domain:
+        with contextlib.suppress(Exception):
+            pickle.loads(pickle.dumps(err))  # an exception with its own __init__ may not travel
+            kept = err
+    return _Failure(kept, f"{type(err).__name__}: {err}", details)

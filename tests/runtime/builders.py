@@ -1,0 +1,90 @@
+"""Small models and hand-made schedules for the runtime's tests."""
+
+from __future__ import annotations
+
+from nanoflow_tune.runtime.op_graph import OpGraph
+from nanoflow_tune.runtime.plan import NanoBatch, NanoOp, Schedule
+from nanoflow_tune.search_spaces.schema import ModelSpec
+
+NUM_SMS = 132
+
+MEMORY_OPS = ("decode_attention",)
+NETWORK_OPS = ("attn_all_reduce", "ffn_all_reduce")
+
+
+def tiny_model(architecture: str = "llama", num_layers: int = 2, **overrides: object) -> ModelSpec:
+    fields: dict[str, object] = {
+        "name": f"tiny-{architecture}",
+        "architecture": architecture,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "vocab_size": 61,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "torch_dtype": "float32",
+    }
+    return ModelSpec(**(fields | overrides))
+
+
+def _lane(op: str) -> str:
+    if op in MEMORY_OPS:
+        return "memory"
+    return "network" if op in NETWORK_OPS else "compute"
+
+
+def _share(op: str) -> int:
+    return {"memory": 40, "network": 16, "compute": 76}[_lane(op)]
+
+
+def sequential(graph: OpGraph, rows: int, decodes: int, variant: str = "torch") -> Schedule:
+    return Schedule(
+        name="sequential",
+        nano_batches=(NanoBatch(tokens=(0, rows), decode_tokens=decodes),),
+        nano_ops=tuple(
+            NanoOp(op=op, tokens=(0, rows), lane="compute", num_sms=NUM_SMS, variant=variant)
+            for op in graph.op_names
+        ),
+    )
+
+
+def ping_pong(
+    graph: OpGraph, cut: int, rows: int, decodes: tuple[int, int], variant: str = "torch"
+) -> Schedule:
+    """Two nano-batches half a layer apart: the FFN of one runs beside the attention of the other.
+
+    Nano-batch A finishes the FFN of layer l - 1 (stage 1) while B attends in layer l - 1; then B
+    does its FFN while A attends in layer l.
+    """
+    a, b = (0, cut), (cut, rows)
+    names = graph.op_names
+    first_ffn = names.index("ffn_norm")
+    front, back = names[:first_ffn], names[first_ffn:]
+
+    def nano_op(op: str, tokens: tuple[int, int], stage: int) -> NanoOp:
+        return NanoOp(
+            op=op,
+            tokens=tokens,
+            lane=_lane(op),
+            num_sms=_share(op),
+            variant=variant,
+            stage=stage,
+        )
+
+    return Schedule(
+        name="overlapped",
+        nano_batches=(
+            NanoBatch(tokens=a, decode_tokens=decodes[0]),
+            NanoBatch(tokens=b, decode_tokens=decodes[1]),
+        ),
+        nano_ops=(
+            *(nano_op(op, a, 1) for op in back),
+            *(nano_op(op, a, 0) for op in front),
+            *(nano_op(op, b, 1) for op in back),
+            *(nano_op(op, b, 0) for op in front),
+        ),
+    )
