@@ -49,10 +49,12 @@ def play(bucket: Bucket, graph: OpGraph, cost_model: CostModel, mix: RowMix) -> 
     for role, candidate in shown(bucket).items():
         timeline = simulate(candidate.schedule, graph, cost_model, mix, graph.num_layers)
         timing = candidate.predicted
+        name = candidate.schedule.name.replace("_", " ")
         tracks[role] = track(
             candidate.schedule,
             graph,
             timeline.events,
+            title=name if name == role else f"{name} ({role})",
             source=timing.source,
             period_us=timing.period_us,
         )

@@ -43,7 +43,7 @@ SHORT = {
 _TINT = 0.55
 """How much white is mixed into every second nano-batch."""
 _INK, _MUTED, _GRID = "#1b1f24", "#57606a", "#d8dee4"
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.edgecolor": _GRID,
@@ -170,7 +170,7 @@ def _draw_lanes(axes: Axes, played: Track, end_us: float) -> None:
         _label(axes, bar, lane, end_us)
     length_us = max(bar.end_us for bar in played.bars)
     axes.axvline(length_us / 1e3, color=_MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
-    heading = f"{played.title.replace('_', ' ')}: {played.period_us / 1e3:.2f} ms an iteration"
+    heading = f"{played.title}: {played.period_us / 1e3:.2f} ms an iteration"
     axes.set_title(f"{heading} ({played.source})", loc="left", size=10, weight="bold", pad=5)
 
 
@@ -226,7 +226,7 @@ def sm_curves_png(curves: Sequence[Curve], *, title: str, subtitle: str) -> byte
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    columns = 4 if len(curves) > 6 else 3
+    columns = 5 if len(curves) > 8 else 4
     rows = -(-len(curves) // columns)
     inches = 1.9 * rows + 1.0
     with mpl.rc_context(_STYLE):
@@ -239,7 +239,7 @@ def sm_curves_png(curves: Sequence[Curve], *, title: str, subtitle: str) -> byte
             top=1 - 0.95 / inches,
             bottom=0.42 / inches,
             hspace=0.45,
-            wspace=0.2,
+            wspace=0.3,
         )
         for place, curve in enumerate(curves):
             axes = figure.add_subplot(grid[place // columns, place % columns])
@@ -265,7 +265,7 @@ def _draw_curve(axes: Axes, curve: Curve) -> None:
             chosen.num_sms,
             chosen.throughput,
             marker=marker,
-            markersize=6.5,
+            markersize=5.8,
             markerfacecolor=face,
             markeredgecolor=_INK,
             markeredgewidth=1.1,

@@ -103,17 +103,21 @@ def _header(values: Mapping[str, Any]) -> str:
         f"{values['model']} · {values['num_gpus']} x {values['hardware']} · workload "
         f"{values['workload']} · {values['dense_batch_tokens']} tokens a batch"
     )
-    verified = values["verified"]
-    badge = {True: ("good", "verified"), False: ("bad", "verification failed")}.get(
-        verified, ("muted", "not verified")
-    )
+    badge, text = _badge(values)
     return (
         f'<header><p class="job">{escape(job)}</p><h1>{escape(values["verdict"])}</h1>'
         f'<p><span class="badge accent">{escape(values["source"])}</span>'
-        f'<span class="badge {badge[0]}">{badge[1]}</span></p>'
+        f'<span class="badge {badge}">{escape(text)}</span></p>'
         f"<p>{escape(values['next_step'])}</p>{_reasons(values['reasons'])}</header>"
         f"{_numbers(values)}"
     )
+
+
+def _badge(values: Mapping[str, Any]) -> tuple[str, str]:
+    if values["verified"] is None:
+        return "muted", "not verified"
+    devices = ", ".join(sorted({record["device"] for record in values["verification"]}))
+    return ("good", f"verified on {devices}") if values["verified"] else ("bad", "wrong results")
 
 
 def _reasons(reasons: Sequence[str]) -> str:
@@ -179,10 +183,7 @@ def _bounds(values: Mapping[str, Any]) -> str:
     if values["power_limit_us"]:
         bounds.append(("power limit: joules against the cap (estimate)", values["power_limit_us"]))
     rows = [(name, f"{us / 1e3:.3f}", f"{100 * us / period_us:.1f} %") for name, us in bounds]
-    certificate = "; ".join(
-        f"{key} {_plain(value)}" for key, value in values["certificate"].items()
-    )
-    text = f"{values['bound'].capitalize()} binds. Search: {certificate}."
+    text = f"{values['bound'].capitalize()} binds. {_certificate(values['certificate'])}"
     reference = values["optimal_reference"]
     peak = (
         f"100 % of optimal is 2 FLOP for each parameter and token at "
@@ -246,6 +247,7 @@ def _verification(values: Mapping[str, Any]) -> str:
     )
     rows = [
         (
+            record["plan"],
             record["model"],
             record["device"],
             record["num_layers"],
@@ -301,8 +303,14 @@ def _table(
     )
 
 
-def _plain(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _certificate(proof: Mapping[str, Any]) -> str:
+    """What the solver proved, of its own model of one layer."""
+    return (
+        f"Structure search ({proof['solver']}, {proof['num_binaries']} integers): "
+        f"{proof['status'].replace('_', ' ')} in {proof['seconds']:.1f} s; one layer takes "
+        f"{proof['period_us']:.1f} us in the solver's model, and no choice in it less than "
+        f"{proof['bound_us']:.1f} us (gap {100 * proof['gap']:.1f} %)."
+    )
 
 
 def _ms(us: float) -> str:

@@ -30,6 +30,7 @@ from math import floor
 from typing import Any
 
 from .milp_input import Instance
+from .milp_start import Start
 
 SLACK = 1e-7
 MAX_PERIOD = 3.0
@@ -206,10 +207,30 @@ class Model:
             self._add(self.pulp.lpSum(self.delta[i] for i in members) <= 1)
         self._add(self.pulp.lpSum(self.area) <= 1)
 
-    def solve(self, time_limit_s: float, gap: float, seed: int) -> tuple[Solution | None, Certificate]:
-        """Solve with HiGHS, or CBC where there is none."""
+    def start_values(self, start: Start) -> dict[str, float]:
+        """Integer variables as a known schedule has them; nodes without rows are left open."""
+        values = {self.y[g].name: float(g == start.split) for g in self.splits}
+        for i, share in start.share.items():
+            if share in self.x[i]:
+                values |= {x.name: float(a == share) for a, x in self.x[i].items()}
+        for (i, j), m in self.turns.items():
+            if i in start.span and j in start.span:
+                values[m.name] = float(min(2, max(-2, start.turn(i, j))))
+                if (i, j) in self.overlap:
+                    values[self.overlap[i, j].name] = float(start.overlaps(i, j))
+        return values
+
+    def solve(
+        self, time_limit_s: float, gap: float, seed: int, start: Start | None = None
+    ) -> tuple[Solution | None, Certificate]:
+        """Solve with HiGHS, or CBC where there is none.
+
+        Args:
+            start: a known schedule to improve on (HiGHS only).
+        """
         pulp, began = self.pulp, time.perf_counter()
-        highs = pulp.HiGHS(
+        start_values = self.start_values(start) if start else {}
+        highs = _highs(start_values)(
             msg=False, timeLimit=time_limit_s, gapRel=gap, threads=2, random_seed=seed
         )
         if highs.available():
@@ -248,6 +269,24 @@ class Model:
             start=tuple(start.varValue for start in self.start),
             share=tuple(max(xs, key=lambda a: xs[a].varValue) for xs in self.x),
         )
+
+
+def _highs(values: dict[str, float]) -> Any:  # noqa: ANN401
+    """PuLP's HiGHS, given values of some variables to start from."""
+    import numpy as np
+    import pulp
+
+    class StartedHighs(pulp.HiGHS):
+        def callSolver(self, lp: Any) -> None:  # noqa: ANN401, N802
+            known = [(v.index, values[v.name]) for v in lp.variables() if v.name in values]
+            if known:
+                indices, numbers = zip(*known, strict=True)
+                lp.solverModel.setSolution(
+                    len(known), np.array(indices, np.int32), np.array(numbers, np.float64)
+                )
+            lp.solverModel.run()
+
+    return StartedHighs
 
 
 def _path_distances(instance: Instance) -> list[list[float]]:

@@ -37,6 +37,10 @@ class Split:
         """Nano-batches that hold rows."""
         return sum(size > 0 for size in self.sizes)
 
+    def decode_tokens(self, mix: RowMix) -> list[int]:
+        """Decode rows of each nano-batch that holds rows."""
+        return [b.decode_tokens for b in split_batches(self.sizes, self.row_order, mix)]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edge:

@@ -55,7 +55,7 @@ def claim(folder: Path, identity: Mapping[str, object], *, is_measured: bool) ->
             f"a measured result is not replaced by a predicted one, but {folder} holds a measured "
             "one and this run has no GPU; name another folder with --output-dir"
         )
-    return f"replaces the earlier {earlier.get('source')} result of the same job in {folder}"
+    return f"replaces the earlier {earlier.get('source')} result of the same job"
 
 
 def read_document(folder: Path) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def document(report: Report) -> dict[str, Any]:
         **summary(report),
         "verdict": verdict(report),
         "next_step": next_step(report),
-        "reasons": list(report.reasons),
+        "reasons": caveats(report),
         "profile": report.profile,
         "optimal_reference": asdict(report.gemm_peak),
         "prediction_error": _prediction_error(report.bucket.winner),
@@ -116,7 +116,7 @@ def document(report: Report) -> dict[str, Any]:
         "race": [_race_row(report, candidate) for candidate in report.race],
         "certificate": dict(report.certificate),
         "ops": {role: [asdict(row) for row in rows] for role, rows in report.op_tables.items()},
-        "verification": [asdict(record) for record in report.bucket.verification],
+        "verification": _verification(report.bucket),
         "provenance": dict(report.provenance),
     }
 
@@ -204,6 +204,23 @@ def next_step(report: Report) -> str:
     return f"{first}{floor}. {bucket.bound.capitalize()} binds: {_LIFTS[bucket.bound]}."
 
 
+def caveats(report: Report) -> list[str]:
+    """What the figures leave out, and how they came about."""
+    found = list(report.reasons)
+    won, cap_w = report.timing(report.bucket.winner), report.hardware.power_cap_w
+    if not report.is_measured and won.watts > cap_w:
+        found.insert(
+            0,
+            f"These times ask for {won.watts:.0f} W a GPU and the cap is {cap_w:.0f} W: expect "
+            f"about {_ms(report.bucket.power_limit_us)} or more on the card.",
+        )
+    carried = sum(row.source == "interpolated" for row in report.op_tables.get("winner", ()))
+    if carried:
+        total = len(report.op_tables["winner"])
+        found.append(f"{carried} of the winner's {total} nano-ops have interpolated times.")
+    return found
+
+
 def race_table(values: Mapping[str, Any]) -> Any:  # noqa: ANN401
     """The race as a rich table, from a document."""
     from rich import box
@@ -249,6 +266,16 @@ def _race_row(report: Report, candidate: Candidate) -> dict[str, Any]:
         "sm_clock_mhz": round(timing.sm_clock_mhz),
         "is_winner": schedule == report.bucket.winner.schedule,
     }
+
+
+def _verification(bucket: Bucket) -> list[dict[str, Any]]:
+    """The records, each with the plan that it is about, in the order they were made."""
+    schedules = dict.fromkeys((bucket.winner.schedule, bucket.best_overlapped.schedule))
+    names = [schedule.name for schedule in schedules]
+    return [
+        {"plan": name, **asdict(record)}
+        for name, record in zip(names, bucket.verification, strict=False)
+    ]
 
 
 def _batch(report: Report) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class Track:
     """One schedule played out."""
 
     title: str
-    """e.g. `overlapped`."""
+    """e.g. `overlapped (winner)`."""
     source: str
     """`measured`, `predicted` or `roofline`."""
     period_us: float
@@ -108,6 +108,7 @@ def track(
     graph: OpGraph,
     events: Iterable[PlayedOp],
     *,
+    title: str,
     source: str,
     period_us: float,
 ) -> Track:
@@ -135,7 +136,7 @@ def track(
             )
         )
     return Track(
-        title=schedule.name,
+        title=title,
         source=source,
         period_us=period_us,
         lanes=schedule.lanes,
@@ -159,7 +160,7 @@ def trace_json(tracks: Sequence[Track]) -> str:
 
 
 def _metadata(pid: int, played: Track) -> list[dict[str, Any]]:
-    name = f"{played.title} ({played.source})"
+    name = f"{played.title}, {played.source}"
     events = [_name(pid, 0, "process_name", name)]
     events += [_name(pid, tid, "thread_name", lane) for tid, lane in enumerate(played.lanes, 1)]
     return events

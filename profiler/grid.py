@@ -7,7 +7,8 @@ Pair points: the co-runs that overlapped pipelines are made of.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 from ..runtime.op_graph import OpGraph
@@ -33,11 +34,30 @@ class Grid:
     """Those whose energy is measured, about a tenth."""
     pairs: tuple[tuple[Point, Point], ...]
 
-    def minutes(self, done: int = 0) -> float:
-        """Predicted minutes for what is left."""
-        left = max(0, len(self.solo) - done) / max(1, len(self.solo))
+    @property
+    def minutes(self) -> float:
+        """Predicted minutes on a GPU."""
         solo = len(self.solo) * SECONDS_PER_POINT + len(self.joule_points) * SECONDS_PER_JOULE_POINT
-        return (left * solo + len(self.pairs) * SECONDS_PER_PAIR) / 60
+        return (solo + len(self.pairs) * SECONDS_PER_PAIR) / 60
+
+    @property
+    def summary(self) -> str:
+        """What will be measured, by kind, and how long that takes."""
+        counts = Counter(point.kind for point in self.solo)
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+        return (
+            f"{len(self.solo)} points ({kinds}), {len(self.joule_points)} with joules, "
+            f"{len(self.pairs)} pairs: about {self.minutes:.1f} minutes"
+        )
+
+    def without(self, solo: Container[Point], pairs: Container[tuple[Point, Point]]) -> Grid:
+        """What is left when some points are measured already."""
+        left = tuple(point for point in self.solo if point not in solo)
+        return Grid(
+            solo=left,
+            joule_points=self.joule_points.intersection(left),
+            pairs=tuple(pair for pair in self.pairs if pair not in pairs),
+        )
 
 
 def solo_points(graph: OpGraph, num_sms: int, variants: Mapping[str, tuple[str, ...]]) -> list[Point]:

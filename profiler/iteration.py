@@ -21,24 +21,12 @@ from ..runtime.device import device_resources
 from ..runtime.executor import Executor
 from ..runtime.kv_cache import PagedKvCache
 from ..runtime.launch import RankContext
-from ..runtime.op_graph import OpGraph, RowMix
+from ..runtime.op_graph import OpGraph
 from ..runtime.plan import Schedule, Timing
 from ..runtime.steady_state import steady_pages, steady_requests
 from ..runtime.weights import Weights, random_weights
-from ..search_spaces.schema import HardwareSpec, ModelSpec
 from .power import PowerMeter
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IterationCase:
-    """What is held fixed while schedules are compared."""
-
-    model: ModelSpec
-    hardware: HardwareSpec
-    tp_degree: int
-    mix: RowMix
-    page_size: int = 16
-    seed: int = 0
+from .rank_jobs import IterationCase
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from importlib.resources import files
 from pathlib import Path
+from types import TracebackType
 from typing import Any, get_args, get_type_hints
 
 import yaml
@@ -87,8 +88,15 @@ class ProfileWriter:
         """Write one row through to the disk."""
         self._write(_row_cells(row) if isinstance(row, Row) else _pair_cells(row))
 
-    def close(self) -> None:
-        """Close the file."""
+    def __enter__(self) -> ProfileWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._file.close()
 
 
@@ -228,8 +236,16 @@ def profile_files(path: Path) -> list[Path]:
     return [file for file in found if not file.name.endswith(".pairs.csv")]
 
 
-def shipped_profile(hardware: str) -> Profile | None:
-    """The profile that came with the package, or None when this GPU has none."""
+def shipped_files(hardware: str, device_name: str | None = None) -> list[Path]:
+    """Shipped `NAME.csv` files of a GPU kind; only those measured on `device_name` when given."""
     folder = Path(str(files("nanoflow_tune.results").joinpath("profiles", hardware)))
     found = profile_files(folder) if folder.is_dir() else []
+    if device_name is None:
+        return found
+    return [path for path in found if read_rows(path)[0].get("gpu") == device_name]
+
+
+def shipped_profile(hardware: str) -> Profile | None:
+    """The profile that came with the package, or None when this GPU has none."""
+    found = shipped_files(hardware)
     return load_profile(found) if found else None

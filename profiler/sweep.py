@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import platform
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .cases import CaseFactory
 from .grid import Grid
 from .power import PowerMeter
 from .profile import PairRow, Point, Row
-from .store import ProfileWriter, read_pairs, read_rows
+from .store import ProfileWriter
 from .timing import Batch, Timer
 
 FRONT, BACK = "front", "back"
@@ -194,58 +195,40 @@ def _failed(point: Point, error: str) -> Row:
 
 def run_sweep(
     sweep: Sweep,
-    grid: Grid,
+    left: Grid,
     path: Path,
     header: dict[str, str],
-    *,
-    rank: int = 0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Measure what `path` does not hold yet; rank 0 writes.
+    """Measure the solo and pair points that are left, on this rank alone.
 
     Args:
         on_progress: called with (points done, points in all).
     """
-    pairs_path = path.with_suffix(".pairs.csv")
-    have = {row.point for row in read_rows(path)[1]} if path.exists() else set[Point]()
-    have_pairs = (
-        {(pair.a, pair.b) for pair in read_pairs(pairs_path)[1]}
-        if pairs_path.exists()
-        else set[tuple[Point, Point]]()
-    )
-    total = len(grid.solo) + len(grid.pairs)
-    if rank == 0:
-        writer = ProfileWriter.solo(path, header)
-        sweep.compile(grid.solo)
-        solo = [p for p in grid.solo if p.kind != "all_reduce" and p not in have]
-        for done, point in enumerate(solo, start=total - len(grid.pairs) - len(solo)):
-            writer.append(sweep.measure(point, point in grid.joule_points))
-            on_progress(done + 1, total)
-        pair_writer = ProfileWriter.pairs(pairs_path, header)
-        for a, b in grid.pairs:
-            if (a, b) not in have_pairs:
-                pair_writer.append(sweep.measure_pair(a, b))
-        writer.close()
-        pair_writer.close()
+    solo = [point for point in left.solo if point.kind != "all_reduce"]
+    total = len(solo) + len(left.pairs)
+    with ProfileWriter.solo(path, header) as writer:
+        sweep.compile(solo)
+        for done, point in enumerate(solo, start=1):
+            writer.append(sweep.measure(point, point in left.joule_points))
+            on_progress(done, total)
+    with ProfileWriter.pairs(path.with_suffix(".pairs.csv"), header) as pair_writer:
+        for done, (a, b) in enumerate(left.pairs, start=len(solo) + 1):
+            pair_writer.append(sweep.measure_pair(a, b))
+            on_progress(done, total)
 
 
 def run_collectives(
-    sweep: Sweep, grid: Grid, path: Path, header: dict[str, str], *, rank: int
+    sweep: Sweep, left: Grid, path: Path, header: dict[str, str], *, rank: int
 ) -> None:
-    """Measure the grid's all-reduces on all ranks in step; rank 0 writes.
-
-    What is left is decided by rank 0 and told to all, so that every rank runs the same points.
-    """
+    """Measure the all-reduces that are left on all ranks in step; rank 0 writes."""
     import torch.distributed as dist
 
-    have = {row.point for row in read_rows(path)[1]} if rank == 0 and path.exists() else set[Point]()
-    left: list[Any] = [[p for p in grid.solo if p.kind == "all_reduce" and p not in have]]
-    dist.broadcast_object_list(left, src=0)
-    writer = ProfileWriter.solo(path, header) if rank == 0 else None
-    for point in left[0]:
-        dist.barrier()
-        row = sweep.measure_collective(point)
-        if writer is not None:
-            writer.append(row)
-    if writer is not None:
-        writer.close()
+    with ProfileWriter.solo(path, header) if rank == 0 else nullcontext() as writer:
+        for point in left.solo:
+            if point.kind != "all_reduce":
+                continue
+            dist.barrier()
+            row = sweep.measure_collective(point)
+            if writer is not None:
+                writer.append(row)

@@ -7,7 +7,7 @@ the executor's loop neither slices nor looks anything up.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from . import kernels
 from .batching import DenseBatch
 from .buffers import Buffers
 from .kernels import registry
+from .kernels.registry import DecodeRows, PrefillRows
 from .kv_cache import PagedKvCache
 from .op_graph import OpGraph
 from .plan import NanoOp
@@ -68,6 +69,10 @@ class Binder:
     batch: DenseBatch
     buffers: Buffers
     groups: Mapping[str, Any] | None
+    attention_rows: dict[tuple[str, tuple[int, int]], DecodeRows | PrefillRows | None] = field(
+        default_factory=dict[tuple[str, tuple[int, int]], "DecodeRows | PrefillRows | None"]
+    )
+    """Row metadata by op and range: all layers share it."""
 
     def __post_init__(self) -> None:
         kernels.load(self.weights.device.type)
@@ -145,9 +150,12 @@ class Binder:
         )
 
     def _attention(self, kernel: registry.Kernel, nano_op: NanoOp, layer: int) -> Launch | None:
-        is_decode = nano_op.op == "decode_attention"
-        select = self.batch.decode_rows if is_decode else self.batch.prefill_rows
-        rows = select(nano_op.tokens)
+        key = (nano_op.op, nano_op.tokens)
+        if key not in self.attention_rows:
+            is_decode = nano_op.op == "decode_attention"
+            select = self.batch.decode_rows if is_decode else self.batch.prefill_rows
+            self.attention_rows[key] = select(nano_op.tokens)
+        rows = self.attention_rows[key]
         if rows is None:
             return None
         return partial(

@@ -207,6 +207,7 @@ def verify_plan(
                     num_sms,
                     bucket.decode_context_tokens,
                     bucket.prefill_context_tokens,
+                    sequential=bucket.sequential.schedule,
                     page_size=plan.page_size,
                     seed=seed,
                 )

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nanoflow_tune.autotune.capacity import dense_batch
+from nanoflow_tune.autotune.html import render
+from nanoflow_tune.autotune.op_table import GemmPeak, gemm_peak
+from nanoflow_tune.autotune.report import REQUIRED_KEYS, Report, document, json_line, verdict
+from nanoflow_tune.profiler.profile import Point, Profile, Row
+from nanoflow_tune.runtime.op_graph import OpGraph
+from nanoflow_tune.runtime.plan import Bucket, Plan, Verification
+
+sys.path.insert(0, str(Path(__file__).parent))
+import report_fakes as fakes
+
+CERTIFICATE = {
+    "status": "optimal",
+    "period_us": 400.0,
+    "bound_us": 396.0,
+    "gap": 0.01,
+    "seconds": 3.2,
+    "num_binaries": 120,
+    "solver": "HiGHS",
+}
+
+
+def make_report(sequential, overlapped, winner):
+    """Reports of llama3-8b from candidates, by name of the winner."""
+    model = fakes.model()
+    record = Verification(
+        passed=True,
+        device="cpu",
+        model="llama3-8b (scaled down)",
+        num_layers=2,
+        num_ranks=1,
+        dtype="float32",
+        max_relative_error=2e-7,
+        tolerance=1e-5,
+        orders_checked=4,
+    )
+    bucket = Bucket(
+        dense_batch_tokens=2048,
+        decode_tokens=1024,
+        decode_context_tokens=768.0,
+        prefill_context_tokens=256.5,
+        row_order="decodes_first",
+        winner={"sequential": sequential, "overlapped": overlapped}[winner],
+        sequential=sequential,
+        best_overlapped=overlapped,
+        lower_bound_us=33_000.0,
+        power_limit_us=62_000.0,
+        bound="power",
+        verification=(record,),
+    )
+    plan = Plan(
+        model="llama3-8b",
+        hardware="h200",
+        workload="512-512",
+        num_gpus=1,
+        dtype="bfloat16",
+        kv_dtype="bfloat16",
+        page_size=16,
+        buckets=(bucket,),
+    )
+    return Report(
+        plan=plan,
+        plan_path="out/plan.yaml",
+        model=model,
+        hardware=fakes.h200(),
+        batch=dense_batch(model, fakes.h200(), fakes.workload(), fakes.space(), 1),
+        race=(sequential, overlapped),
+        certificate=CERTIFICATE,
+        op_tables={"winner": ()},
+        gemm_peak=GemmPeak(flops_per_s=700e12, source="measured sustained GEMM"),
+        profile="the shipped h200 profile",
+        provenance={"seed": "0"},
+        elapsed_s=12.3,
+    )
+
+
+@pytest.fixture
+def graph():
+    return OpGraph.build(fakes.model())
+
+
+@pytest.fixture
+def predicted(graph):
+    sequential = fakes.candidate(fakes.sequential(graph), 66_000.0)
+    overlapped = fakes.candidate(fakes.overlapped(graph), 60_000.0)
+    return make_report(sequential, overlapped, "overlapped")
+
+
+@pytest.fixture
+def measured(graph):
+    sequential = fakes.candidate(fakes.sequential(graph), 66_000.0, 65_000.0)
+    overlapped = fakes.candidate(fakes.overlapped(graph), 60_000.0, 68_000.0)
+    return make_report(sequential, overlapped, "sequential")
+
+
+def test_last_line_has_the_required_keys_in_order(predicted):
+    values = json.loads(json_line(document(predicted)))
+    assert tuple(values) == REQUIRED_KEYS
+    assert values["source"] == "predicted"
+    assert values["speedup"] == pytest.approx(1.1)
+    assert values["watts"] is None
+    assert values["tokens_per_s_per_gpu"] == pytest.approx(2048 / 60e-3, rel=1e-4)
+    assert "\n" not in json_line(document(predicted))
+
+
+def test_percent_of_optimal_is_of_the_gemm_peak(predicted):
+    flops = 2 * fakes.model().num_parameters * 2048
+    expected = 100 * flops / 700e12 / 60e-3
+    assert document(predicted)["percent_of_optimal"] == pytest.approx(expected, abs=0.01)
+
+
+def test_sequential_winner_is_said_with_the_overlapped_beside_it(measured):
+    text = verdict(measured)
+    assert text.startswith("Run the sequential plan: 65.000 ms")
+    assert "68.000 ms (0.956x)" in text
+    assert text.endswith("measured.")
+
+
+def test_prediction_is_never_called_measured(predicted):
+    values = document(predicted)
+    assert "predicted from the shipped h200 profile, not measured" in values["verdict"]
+    assert "Run the same command on 1 x NVIDIA H200" in values["next_step"]
+    assert values["prediction_error"] is None
+
+
+def test_measured_report_compares_measured_with_measured(measured):
+    values = document(measured)
+    assert values["source"] == "measured"
+    assert (values["period_us"], values["best_overlapped_us"]) == (65_000.0, 68_000.0)
+    assert (values["watts"], values["sm_clock_mhz"]) == (689.0, 1515)
+    assert values["prediction_error"] == pytest.approx(66 / 65 - 1, rel=1e-3)
+
+
+def test_one_measured_candidate_alone_does_not_make_a_measured_report(graph):
+    sequential = fakes.candidate(fakes.sequential(graph), 66_000.0)
+    overlapped = fakes.candidate(fakes.overlapped(graph), 60_000.0, 50_000.0)
+    report = make_report(sequential, overlapped, "overlapped")
+    assert document(report)["source"] == "predicted"
+    assert document(report)["period_us"] == 60_000.0
+
+
+def test_watts_beyond_the_cap_are_pointed_out(graph, predicted):
+    winner = predicted.bucket.winner
+    hungry = replace(winner, predicted=replace(winner.predicted, watts=930.0))
+    bucket = replace(predicted.bucket, winner=hungry)
+    report = replace(predicted, plan=replace(predicted.plan, buckets=(bucket,)))
+    assert "930 W a GPU and the cap is 700 W" in document(report)["reasons"][0]
+
+
+def test_page_is_self_contained_and_escaped(predicted):
+    report = replace(predicted, reasons=("<script>",))
+    page = render(document(report), {"timeline": b"\x89PNG"})
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert 'src="data:image/png;base64,' in page
+    assert "http" not in page
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_page_is_the_same_from_the_saved_document(predicted):
+    values = document(predicted)
+    assert render(json.loads(json.dumps(values)), {}) == render(values, {})
+
+
+def test_gemm_peak_is_the_best_row_on_all_sms():
+    def row(tokens, num_sms, us):
+        point = Point(
+            kind="gemm",
+            shape="n28672_k4096",
+            variant="cublas",
+            tokens=tokens,
+            kv_len=0,
+            num_sms=num_sms,
+        )
+        return Row(
+            point=point,
+            median_us=us,
+            p10_us=us,
+            p90_us=us,
+            n=9,
+            joules=0.0,
+            joules_source="missing",
+            sm_clock_mhz=1500.0,
+            watts=690.0,
+        )
+
+    rows = (row(2048, 132, 700.0), row(2048, 100, 1.0), row(1024, 132, 360.0))
+    peak = gemm_peak(Profile(hardware="h200", dtype="bfloat16", rows=rows), fakes.h200(), "bfloat16")
+    assert peak.flops_per_s == pytest.approx(2 * 28672 * 4096 * 2048 / 700e-6)
+    assert gemm_peak(None, fakes.h200(), "bfloat16").source == "datasheet peak"
