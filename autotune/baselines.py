@@ -1,10 +1,10 @@
 """Schedules that need no search: what every tuned plan is raced against.
 
-    sequential   one nano-batch, one lane, all SMs, the fastest variant of each op
-    nano_only    two nano-batches, one lane: what splitting alone costs
-    equal_split  two equal nano-batches, the SMs halved between compute and the rest
-    ping_pong    the family around it: one nano-batch computes while the other one's attention and
-                 collectives run; the refinement moves within this family
+sequential   one nano-batch, one lane, all SMs, the fastest variant of each op
+nano_only    two nano-batches, one lane: what splitting alone costs
+equal_split  two equal nano-batches, the SMs halved between compute and the rest
+ping_pong    the family around it: one nano-batch computes while the other one's attention and
+             collectives run; the refinement moves within this family
 """
 
 from __future__ import annotations
@@ -79,9 +79,7 @@ def _one_lane(
     return build_schedule(name, cost_model, graph, mix, batches, placed, single_lane=True)
 
 
-def equal_split(
-    graph: OpGraph, cost_model: CostModel, mix: RowMix, space: SearchSpace
-) -> Schedule:
+def equal_split(graph: OpGraph, cost_model: CostModel, mix: RowMix, space: SearchSpace) -> Schedule:
     """Two equal nano-batches and two equal parts of the GPU: no tuning at all."""
     choice = equal_split_choice(graph, mix, cost_model.hardware, space)
     return ping_pong(graph, cost_model, mix, choice, name="equal_split")

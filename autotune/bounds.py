@@ -95,7 +95,16 @@ def power_limit_us(
     return 1e6 * joules / headroom_w
 
 
+def power_floor_us(dynamic_joules: float, hardware: HardwareSpec, energy: EnergyModel) -> float:
+    """Least time, in us, for so many dynamic joules of one GPU that is worth believing.
+
+    The power limit less the error of its model (at least 10 %, as dynamic joules fall with the
+    clocks). Predictions are never below it: this matters where no pairs were measured.
+    """
+    error = max(0.1, energy.relative_error)
+    return 1e6 * (1 - error) * dynamic_joules / max(1.0, hardware.power_cap_w - energy.static_w)
+
+
 def what_binds(lower: tuple[float, Resource], power_us: float) -> str:
     """`power` when its limit is above the lower bound, else the bound's resource."""
     return "power" if power_us > lower[0] else lower[1]
-

@@ -13,9 +13,10 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import version
-from pathlib import Path
+from contextlib import closing
 from typing import Any
+
+from .cli_parser import build_parser
 
 DONE, CRASH, BAD_INPUT, NO_PLAN, NOT_VERIFIED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -37,77 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _explain(err, options.debug)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The main job's flags, and the verbs."""
-    parser = argparse.ArgumentParser(
-        prog="nanoflow-tune",
-        description="Tune intra-device parallelism: profile, search, verify, and write one plan "
-        "with a report. Without a verb it does all of it for one model.",
-        epilog="exit: 0 done, 1 crash, 2 bad input, 3 no feasible plan, 4 verification failed",
-    )
-    parser.add_argument("--version", action="version", version=version("nanoflow-tune"))
-    _add_job_flags(parser, is_model_required=False)
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
-    search = verbs.add_parser("search", help="the main job without verification and figures")
-    _add_job_flags(search)
-    profile = verbs.add_parser(
-        "profile", help="measure the kernels of a model on this machine's GPU"
-    )
-    _add_job_flags(profile)
-    verify = verbs.add_parser("verify", help="run a plan against the unsplit run and compare")
-    verify.add_argument("plan", type=Path, metavar="PLAN.yaml")
-    verify.add_argument("--model", help="the model's spec, where its name alone is not known")
-    verify.add_argument("--seed", type=int, default=0, help="of weights, pages and orders")
-    _add_output_flags(verify)
-    report = verbs.add_parser("report", help="show the result in a folder and render its page anew")
-    report.add_argument("folder", type=Path, metavar="DIR")
-    _add_output_flags(report)
-    models = verbs.add_parser("models", help="list the shipped models, GPUs and workloads")
-    models.add_argument("--gpu", default="h200", help="say how many of these each model needs")
-    _add_output_flags(models)
-    return parser
-
-
-def _add_job_flags(parser: argparse.ArgumentParser, *, is_model_required: bool = True) -> None:
-    add = parser.add_argument
-    add(
-        "--model",
-        required=is_model_required,
-        help="a shipped model, a YAML file, or a Hugging Face folder or config.json",
-    )
-    add("--gpu", help="a shipped GPU or a YAML file (default: this machine's, else h200)")
-    add(
-        "--num-gpus",
-        type=_positive,
-        help="tensor-parallel degree (default: the smallest that fits)",
-    )
-    add("--workload", default="512/512", help="mean PROMPT/DECODE tokens, or a name (%(default)s)")
-    add(
-        "--profile",
-        default="auto",
-        metavar="auto|shipped|roofline|PATH",
-        help="auto measures on a GPU and takes the shipped profile elsewhere (%(default)s)",
-    )
-    add("--output-dir", type=Path, help="default: nanoflow-out/<model>-<gpu>-<workload>-tp<N>")
-    add("--effort", choices=("quick", "full"), default="quick", help="(%(default)s)")
-    add("--seed", type=int, default=0, help="(%(default)s)")
-    _add_output_flags(parser)
-
-
-def _add_output_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="only the JSON line on stdout")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, but got {value}")
-    return value
-
-
 def _tune(options: argparse.Namespace) -> int:
-    from .report import document
+    from .document import document
     from .tune import tune
 
     report = tune(_tune_options(options), _stderr())
@@ -128,21 +60,26 @@ def _tune_options(options: argparse.Namespace) -> Any:  # noqa: ANN401
         output_dir=options.output_dir,
         effort=options.effort,
         seed=options.seed,
+        command=" ".join(["nanoflow-tune", *sys.argv[1:]]),
         is_search_only=options.verb == "search",
     )
 
 
 def _profile(options: argparse.Namespace) -> int:
-    from .job import resolve
+    from .job import profile_path, resolve
 
-    job = resolve(_tune_options(options))
+    job = resolve(_tune_options(options), _say)
     if job.stage is None:
         raise ValueError(
             f"profiling needs {job.num_gpus} x {job.hardware.device_name} in this machine, but "
-            "none was found; run it there, or tune from the shipped profile with --profile shipped"
+            "they were not found; run it there, or tune from the shipped profile with "
+            "--profile shipped"
         )
-    profile = job.stage.profile(job.graph, job.batch.mix)
+    path = profile_path(job, options.output_dir) if options.output_dir else profile_path(job)
+    with closing(job.stage):
+        profile = job.stage.profile(path)
     values = {
+        "profile": str(path),
         "hardware": profile.hardware,
         "model": job.model.name,
         "rows": len(profile.usable_rows),
@@ -157,7 +94,7 @@ def _verify(options: argparse.Namespace) -> int:
     from .verification import verify_file
 
     with _stderr().status(f"verifying {options.plan}"):
-        values = verify_file(options.plan, options.model, options.seed)
+        values = verify_file(options.plan, options.model, options.seed, _say)
     if not options.json:
         for record in values["verification"]:
             print(
@@ -233,7 +170,7 @@ _COMMANDS = {
 
 
 def _show(values: dict[str, Any], *, is_json_only: bool) -> None:
-    from .report import json_line, race_table
+    from .document import json_line, race_table
 
     if not is_json_only:
         stdout = _stdout()
@@ -255,6 +192,10 @@ def _stderr() -> Any:  # noqa: ANN401
     return Console(stderr=True)
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def _explain(err: Exception, is_debug: bool) -> int:
     """Say on stderr what went wrong; returns the exit code that it means."""
     code = _exit_code(err)
@@ -273,7 +214,7 @@ def _explain(err: Exception, is_debug: bool) -> int:
 
 def _exit_code(err: Exception) -> int:
     from ..runtime.verify import VerificationError
-    from .search import NoFeasiblePlanError
+    from .tune import NoFeasiblePlanError
 
     if isinstance(err, VerificationError):
         return NOT_VERIFIED

@@ -11,11 +11,12 @@ from ..runtime.op_graph import OpGraph, RowMix
 from ..runtime.plan import Bucket, Candidate
 from ..runtime.plan_io import dump_plan
 from .cost_model import CostModel
+from .document import document
 from .figures import sm_curves_png, timeline_png
 from .html import render
 from .op_table import curves
 from .output_folder import DOCUMENT
-from .report import Report, document
+from .report import Report
 from .simulator import simulate
 from .trace import Track, trace_json, track
 

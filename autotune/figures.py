@@ -1,31 +1,35 @@
 """The two pictures of a plan: who runs when on which SMs, and what each op gains from more SMs.
 
-Colours are the Okabe-Ito palette (safe for colour-blind readers): the hue is the class of the op,
-the tint its nano-batch. matplotlib is imported when a figure is drawn.
+The hue of a bar is the class of its op, the tint its nano-batch. matplotlib is imported when a
+figure is drawn.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..runtime.op_graph import OpKind
+from .figure_style import (
+    GRID,
+    INK,
+    MUTED,
+    PALETTE,
+    STYLE,
+    draw_header,
+    mix,
+    op_class,
+    png,
+)
 from .trace import Bar, Track, sm_usage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PALETTE = {
-    "GEMM": "#0072B2",
-    "decode attention": "#D55E00",
-    "prefill attention": "#E69F00",
-    "collective": "#009E73",
-    "norm, rotary, SiLU": "#7F7F7F",
-}
-"""Colour of each class of ops, in the order of the legend."""
+_TINT = 0.55
+"""How much white is mixed into every second nano-batch."""
 SHORT = {
     "kqv": "KQV",
     "decode_attention": "DecAttn",
@@ -39,21 +43,6 @@ SHORT = {
     "silu_mul": "SiLU",
     "attn_norm": "norm",
     "ffn_norm": "norm",
-}
-_TINT = 0.55
-"""How much white is mixed into every second nano-batch."""
-_INK, _MUTED, _GRID = "#1b1f24", "#57606a", "#d8dee4"
-_STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": _INK,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "hatch.linewidth": 0.6,
 }
 
 
@@ -82,17 +71,6 @@ class Curve:
     chosen: tuple[Chosen, ...] = ()
 
 
-def op_class(kind: OpKind) -> str:
-    """Class of an op kind in `PALETTE`."""
-    classes: dict[OpKind, str] = {
-        "gemm": "GEMM",
-        "decode_attention": "decode attention",
-        "prefill_attention": "prefill attention",
-        "all_reduce": "collective",
-    }
-    return classes.get(kind, "norm, rotary, SiLU")
-
-
 def timeline_png(tracks: Sequence[Track], *, title: str, subtitle: str, num_sms: int) -> bytes:
     """A Gantt of each track, with the SMs it holds over time below it.
 
@@ -107,9 +85,9 @@ def timeline_png(tracks: Sequence[Track], *, title: str, subtitle: str, num_sms:
 
     inches = _HEADER_IN + sum(_track_inches(played) for played in tracks) + 0.2
     end_us = max(bar.end_us for played in tracks for bar in played.bars)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH_IN, inches), dpi=150, facecolor="white")
-        _draw_header(figure, title, subtitle)
+        draw_header(figure, title, subtitle)
         _draw_classes_legend(figure, tracks)
         top = inches - _HEADER_IN
         for played in tracks:
@@ -123,7 +101,7 @@ def timeline_png(tracks: Sequence[Track], *, title: str, subtitle: str, num_sms:
             _draw_shares(shares, played, end_us, num_sms)
             if played is tracks[-1]:
                 shares.set_xlabel("time, ms: two layers in steady state")
-        return _png(figure)
+        return png(figure)
 
 
 _WIDTH_IN, _HEADER_IN, _HEADING_IN, _LANE_IN, _SHARES_IN, _BELOW_IN = (
@@ -142,12 +120,6 @@ def _track_inches(played: Track) -> float:
 
 def _box(bottom_in: float, height_in: float, inches: float) -> tuple[float, float, float, float]:
     return (0.07, bottom_in / inches, 0.915, height_in / inches)
-
-
-def _draw_header(figure: Figure, title: str, subtitle: str) -> None:
-    inches = figure.get_figheight()
-    figure.text(0.012, 1 - 0.14 / inches, title, size=13, weight="bold", va="top")
-    figure.text(0.012, 1 - 0.40 / inches, subtitle, size=9.5, color=_MUTED, va="top")
 
 
 def _draw_lanes(axes: Axes, played: Track, end_us: float) -> None:
@@ -169,7 +141,7 @@ def _draw_lanes(axes: Axes, played: Track, end_us: float) -> None:
         )
         _label(axes, bar, lane, end_us)
     length_us = max(bar.end_us for bar in played.bars)
-    axes.axvline(length_us / 1e3, color=_MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
+    axes.axvline(length_us / 1e3, color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
     heading = f"{played.title}: {played.period_us / 1e3:.2f} ms an iteration"
     axes.set_title(f"{heading} ({played.source})", loc="left", size=10, weight="bold", pad=5)
 
@@ -181,7 +153,7 @@ def _label(axes: Axes, bar: Bar, lane: int, end_us: float) -> None:
     for text in (f"{short} {suffix} · {bar.num_sms} SMs", f"{short} {suffix}", short):
         if len(text) + 0.8 <= width_chars:
             middle = (bar.start_us + bar.end_us) / 2e3
-            ink = "white" if bar.nano_batch % 2 == 0 else _INK
+            ink = "white" if bar.nano_batch % 2 == 0 else INK
             axes.text(middle, lane, text, ha="center", va="center", size=7.5, color=ink)
             return
 
@@ -192,7 +164,7 @@ def _draw_shares(axes: Axes, played: Track, end_us: float, num_sms: int) -> None
     times = [time_us / 1e3 for time_us, _ in steps]
     stacks = [[usage[name] for _, usage in steps] for name in classes]
     axes.stackplot(times, stacks, step="post", colors=list(PALETTE.values()), linewidth=0)
-    axes.axhline(num_sms, color=_INK, linewidth=0.8)
+    axes.axhline(num_sms, color=INK, linewidth=0.8)
     axes.set(xlim=(0, end_us / 1e3), ylim=(0, num_sms * 1.08), ylabel="SMs")
     axes.set_yticks([0, num_sms // 2, num_sms])
     axes.spines["left"].set_visible(False)
@@ -207,7 +179,7 @@ def _draw_classes_legend(figure: Figure, tracks: Sequence[Track]) -> None:
     handles = [Patch(color=PALETTE[name], label=name) for name in PALETTE if name in present]
     if any(bar.nano_batch for bar in bars):
         label = "light: even nano-batches"
-        handles.append(Patch(color=_mix(PALETTE["GEMM"], _TINT), label=label))
+        handles.append(Patch(color=mix(PALETTE["GEMM"], _TINT), label=label))
     figure.legend(
         handles=handles,
         loc="upper left",
@@ -229,7 +201,7 @@ def sm_curves_png(curves: Sequence[Curve], *, title: str, subtitle: str) -> byte
     columns = 5 if len(curves) > 8 else 4
     rows = -(-len(curves) // columns)
     inches = 1.9 * rows + 1.0
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12.5, inches), dpi=150, facecolor="white")
         grid = figure.add_gridspec(
             rows,
@@ -246,12 +218,12 @@ def sm_curves_png(curves: Sequence[Curve], *, title: str, subtitle: str) -> byte
             _draw_curve(axes, curve)
             if place >= len(curves) - columns:
                 axes.set_xlabel("SMs")
-        _draw_header(figure, title, subtitle)
+        draw_header(figure, title, subtitle)
         _draw_marks_legend(figure, curves, 1 - 0.08 / inches)
-        return _png(figure)
+        return png(figure)
 
 
-_MARKS = {"winner": ("o", _INK), "best overlapped": ("D", "white"), "sequential": ("s", "white")}
+_MARKS = {"winner": ("o", INK), "best overlapped": ("D", "white"), "sequential": ("s", "white")}
 
 
 def _draw_curve(axes: Axes, curve: Curve) -> None:
@@ -267,7 +239,7 @@ def _draw_curve(axes: Axes, curve: Curve) -> None:
             marker=marker,
             markersize=5.8,
             markerfacecolor=face,
-            markeredgecolor=_INK,
+            markeredgecolor=INK,
             markeredgewidth=1.1,
             clip_on=False,
             zorder=3,
@@ -275,10 +247,10 @@ def _draw_curve(axes: Axes, curve: Curve) -> None:
     top = max([*curve.throughput, *(chosen.throughput for chosen in curve.chosen)])
     axes.set(xlim=(0, max(curve.num_sms)), ylim=(0, top * 1.12 or 1.0))
     axes.set_title(curve.op.replace("_", " "), loc="left", size=10, weight="bold", pad=4)
-    axes.set_title(curve.unit, loc="right", size=8, color=_MUTED, pad=4)
+    axes.set_title(curve.unit, loc="right", size=8, color=MUTED, pad=4)
     axes.set_xticks([tick for tick in (0, 32, 64, 96) if tick < max(curve.num_sms) - 12])
     axes.set_xticks([*axes.get_xticks(), max(curve.num_sms)])
-    axes.grid(color=_GRID, linewidth=0.6)
+    axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
 
@@ -294,7 +266,7 @@ def _draw_marks_legend(figure: Figure, curves: Iterable[Curve], top: float) -> N
             linestyle="none",
             marker=marker,
             markerfacecolor=face,
-            markeredgecolor=_INK,
+            markeredgecolor=INK,
             label=f"chosen by {name}",
         )
         for name, (marker, face) in _MARKS.items()
@@ -312,15 +284,4 @@ def _draw_marks_legend(figure: Figure, curves: Iterable[Curve], top: float) -> N
 
 
 def _tint(bar: Bar) -> str:
-    return _mix(PALETTE[op_class(bar.kind)], _TINT * (bar.nano_batch % 2))
-
-
-def _mix(colour: str, white: float) -> str:
-    channels = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-    return "#" + "".join(f"{round(c + (255 - c) * white):02x}" for c in channels)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return mix(PALETTE[op_class(bar.kind)], _TINT * (bar.nano_batch % 2))

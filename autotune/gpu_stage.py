@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..profiler.profile import Profile
-from ..runtime.op_graph import OpGraph, RowMix
+from ..profiler.rank_jobs import IterationCase
 from ..runtime.plan import Plan, Schedule, Timing
 from ..search_spaces.schema import HardwareSpec, ModelSpec
+from .provenance import commit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,14 +29,16 @@ class Devices:
     """What kept us from looking closer."""
 
 
+MEMORY_TOLERANCE = 0.1
+"""A 141 GB card reports 150.8e9 bytes."""
 NO_DEVICES = Devices(name="", count=0, memory_bytes=0)
 
 
 class GpuStage(Protocol):
     """What a GPU adds to a job."""
 
-    def profile(self, graph: OpGraph, mix: RowMix) -> Profile:
-        """Measure what the cost model needs, or take up measured files again."""
+    def profile(self, path: Path, *, take_shipped: bool = True) -> Profile:
+        """Measure what neither `path` nor the shipped profile of this GPU holds."""
         ...
 
     def measure(self, schedules: Sequence[Schedule]) -> Sequence[Timing]:
@@ -80,11 +83,42 @@ def _ask_driver() -> Devices:
         nvml.nvmlShutdown()
 
 
-def find_stage(devices: Devices, hardware: HardwareSpec, num_gpus: int) -> GpuStage | None:
-    """The stage for this hardware, or None where this machine lacks it.
+def find_stage(
+    devices: Devices, case: IterationCase, *, command: str, say: Callable[[str], None]
+) -> GpuStage | None:
+    """The stage for this case, or None where this machine lacks its GPUs.
 
-    NOTE: the measuring stage plugs in here (profiler/sweep.py, profiler/iteration.py, imported
-    late); until then every job is predicted.
+    Args:
+        devices: GPUs of this machine.
+        case: model, GPU, tensor-parallel degree and batch.
+        command: what was called, for the header of new profiles.
+        say: progress, one line at a time.
+
+    Raises:
+        ValueError: the GPU has another memory size than its spec.
     """
-    del devices, hardware, num_gpus
-    return None
+    hardware = case.hardware
+    if devices.name != hardware.device_name or devices.count < case.tp_degree:
+        return None
+    if abs(devices.memory_bytes / hardware.memory_bytes - 1) > MEMORY_TOLERANCE:
+        raise ValueError(
+            f"`memory_bytes` of a spec must be within {MEMORY_TOLERANCE:.0%} of the card's, but "
+            f"{hardware.name} says {hardware.memory_bytes} and {devices.name} reports "
+            f"{devices.memory_bytes}; pass the right --gpu, or a corrected YAML"
+        )
+    from .measuring_stage import MeasuringStage
+
+    return MeasuringStage(case, devices.name, commit(), command, say)
+
+
+def why_not(devices: Devices, hardware: HardwareSpec, num_gpus: int) -> str:
+    """Why this machine predicts instead of measuring, "" when it simply has no GPU."""
+    if devices.note:
+        return f"No GPU was used: {devices.note}."
+    if devices.count and devices.name != hardware.device_name:
+        return (
+            f"This machine has {devices.name}, the plan is for {hardware.device_name}: predicted."
+        )
+    if devices.count and devices.count < num_gpus:
+        return f"This machine has {devices.count} GPU(s), the plan needs {num_gpus}: predicted."
+    return ""

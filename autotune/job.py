@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from ..profiler.profile import Profile
+from ..profiler.rank_jobs import IterationCase
 from ..profiler.store import load_profile, profile_files, shipped_profile
 from ..runtime.op_graph import OpGraph
 from ..search_spaces.loader import (
@@ -19,7 +21,7 @@ from ..search_spaces.loader import (
 )
 from ..search_spaces.schema import HardwareSpec, ModelSpec, SearchSpace, WorkloadSpec
 from .capacity import DenseBatch, dense_batch, num_gpus_default
-from .gpu_stage import Devices, GpuStage, find_devices, find_stage
+from .gpu_stage import Devices, GpuStage, find_devices, find_stage, why_not
 
 Effort = Literal["quick", "full"]
 DEFAULT_GPU = "h200"
@@ -42,6 +44,8 @@ class TuneOptions:
     output_dir: Path | None = None
     effort: Effort = "quick"
     seed: int = 0
+    command: str = ""
+    """What was called, for the header of new profiles."""
     is_search_only: bool = False
     """Leave out verification and pictures."""
 
@@ -69,8 +73,12 @@ class ProfileChoice:
     title: str
 
 
-def resolve(options: TuneOptions) -> Job:
-    """Specs, number of GPUs and batch of the options.
+def resolve(options: TuneOptions, say: Callable[[str], None]) -> Job:
+    """Specs, number of GPUs, batch and GPU stage of the options.
+
+    Args:
+        options: what to tune.
+        say: the stage's progress goes here.
 
     Raises:
         ValueError: unknown names, a model that does not fit, GPUs that cannot share it.
@@ -81,6 +89,11 @@ def resolve(options: TuneOptions) -> Job:
     workload, space = load_workload(options.workload), load_space(options.effort)
     num_gpus = options.num_gpus or num_gpus_default(model, hardware)
     batch = dense_batch(model, hardware, workload, space, num_gpus)
+    case = IterationCase(
+        model=model, hardware=hardware, tp_degree=num_gpus, mix=batch.mix, seed=options.seed
+    )
+    stage = find_stage(devices, case, command=options.command, say=say)
+    reasons = _reasons(options, batch, space, num_gpus)
     return Job(
         model=model,
         hardware=hardware,
@@ -89,8 +102,8 @@ def resolve(options: TuneOptions) -> Job:
         num_gpus=num_gpus,
         batch=batch,
         graph=OpGraph.build(model, num_gpus),
-        stage=find_stage(devices, hardware, num_gpus),
-        reasons=_reasons(options, devices, batch, space, num_gpus),
+        stage=stage,
+        reasons=(*reasons, *filter(None, [why_not(devices, hardware, num_gpus)])),
     )
 
 
@@ -103,7 +116,7 @@ def _hardware_of(devices: Devices) -> str:
 
 
 def _reasons(
-    options: TuneOptions, devices: Devices, batch: DenseBatch, space: SearchSpace, num_gpus: int
+    options: TuneOptions, batch: DenseBatch, space: SearchSpace, num_gpus: int
 ) -> tuple[str, ...]:
     reasons: list[str] = []
     if options.num_gpus is None:
@@ -118,8 +131,6 @@ def _reasons(
             f"{batch.memory.kv_bytes / 1e9:.1f} GB of the {batch.memory.room_bytes / 1e9:.1f} GB "
             "beside weights and activations."
         )
-    if devices.note:
-        reasons.append(f"No GPU was used: {devices.note}.")
     return tuple(reasons)
 
 
@@ -136,7 +147,7 @@ def choose_profile(options: TuneOptions, job: Job) -> ProfileChoice:
     if options.profile not in ("auto", "shipped"):
         return _profile_from(Path(options.profile), hardware)
     if options.profile == "auto" and job.stage is not None:
-        profile = job.stage.profile(job.graph, job.batch.mix)
+        profile = job.stage.profile(profile_path(job))
         return ProfileChoice(profile=profile, title=f"a profile measured here on {hardware.name}")
     profile = shipped_profile(hardware.name)
     if profile is None:
@@ -169,6 +180,11 @@ def _profile_from(path: Path, hardware: HardwareSpec) -> ProfileChoice:
 def _dated(profile: Profile) -> str:
     facts = [profile.header[key] for key in ("gpu", "date") if key in profile.header]
     return f" ({', '.join(facts)})" if facts else ""
+
+
+def profile_path(job: Job, folder: Path = Path("nanoflow-out/profiles")) -> Path:
+    """Where rows measured for a job are kept, beyond the job's own folder."""
+    return folder / job.hardware.name / f"{job.model.name}-tp{job.num_gpus}.csv"
 
 
 def input_hashes(job: Job, profile: Profile | None) -> dict[str, str]:

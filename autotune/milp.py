@@ -23,7 +23,7 @@ A nano-batch of size 0 has durations 0: the number of nano-batches is a choice o
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import combinations
 from math import floor
@@ -32,7 +32,11 @@ from typing import Any
 from .milp_input import Instance
 from .milp_start import Start
 
-SLACK = 1e-7
+SLACK = 1e-5
+"""Starts closer than this part of a period are the same."""
+NODES_PER_SECOND = 10
+"""Branch-and-bound nodes allowed per second of time limit. Usually the node limit ends a search
+first, so that a busier machine finds the same plan."""
 MAX_PERIOD = 3.0
 """Periods of more than this many times the sequential one are not looked at."""
 
@@ -42,7 +46,7 @@ class Certificate:
     """What the solver proved, about one layer of the MILP's model (not of the GPU)."""
 
     status: str
-    """`optimal` (within the asked gap), `time_limit`, or `no_solution`."""
+    """`optimal` (within the asked gap), `limit` (of time or nodes), or `no_solution`."""
     period_us: float
     """Steady time of one layer; 0 without a solution."""
     bound_us: float
@@ -231,7 +235,12 @@ class Model:
         pulp, began = self.pulp, time.perf_counter()
         start_values = self.start_values(start) if start else {}
         highs = _highs(start_values)(
-            msg=False, timeLimit=time_limit_s, gapRel=gap, threads=2, random_seed=seed
+            msg=False,
+            timeLimit=time_limit_s,
+            gapRel=gap,
+            threads=2,
+            random_seed=seed,
+            mip_max_nodes=max(1, round(NODES_PER_SECOND * time_limit_s)),
         )
         if highs.available():
             solver, name = highs, "HiGHS"
@@ -251,7 +260,7 @@ class Model:
         period_us = self.unit_us / rate if rate else 0.0
         bound_us = self.unit_us / bound_rate
         achieved = 1 - bound_us / period_us if rate else 1.0
-        status = "optimal" if achieved <= gap + 1e-6 else "time_limit"
+        status = "optimal" if achieved <= gap + 1e-6 else "limit"
         certificate = Certificate(
             status=status if rate else "no_solution",
             period_us=period_us,
@@ -285,6 +294,15 @@ def _highs(values: dict[str, float]) -> Any:  # noqa: ANN401
                     len(known), np.array(indices, np.int32), np.array(numbers, np.float64)
                 )
             lp.solverModel.run()
+
+        def findSolutionValues(self, lp: Any) -> tuple[int, int]:  # noqa: ANN401, N802
+            try:
+                return super().findSolutionValues(lp)
+            except KeyError:  # PuLP 3 has no name for "node limit reached"; values are assigned
+                found = lp.solverModel.getInfo().primal_solution_status == 2
+                if found:
+                    return pulp.LpStatusOptimal, pulp.LpSolutionIntegerFeasible
+                return pulp.LpStatusNotSolved, pulp.LpSolutionNoSolutionFound
 
     return StartedHighs
 
@@ -325,12 +343,20 @@ def phases(solution: Solution) -> list[tuple[float, int]]:
     placed: list[tuple[float, int]] = []
     for start in solution.start:
         stage = floor(start + SLACK)
-        placed.append((max(0.0, round(start - stage, 7)), stage))
+        placed.append((max(0.0, round(start - stage, 5)), stage))
     least = min(stage for _, stage in placed)
     return [(phase, stage - least) for phase, stage in placed]
 
 
-def issue_order(solution: Solution, active: Sequence[int]) -> list[int]:
-    """Nodes by phase; at the same phase older layers first, then in sequential order."""
+def issue_order(solution: Solution, empty: Collection[int]) -> list[int]:
+    """Nodes by phase. At the same phase: empty ones, older layers, then sequential order.
+
+    An empty node that shares its phase with the start of another one must not wait for its end.
+    """
     placed = phases(solution)
-    return sorted(active, key=lambda node: (placed[node][0], -placed[node][1], node))
+    nodes = sorted(range(len(placed)), key=lambda node: placed[node][0])
+    rank: dict[int, int] = {}
+    for before, node in zip([nodes[0], *nodes], nodes, strict=False):
+        is_later = placed[node][0] - placed[before][0] > SLACK
+        rank[node] = rank.get(before, 0) + is_later
+    return sorted(nodes, key=lambda n: (rank[n], n not in empty, -placed[n][1], n))

@@ -16,6 +16,7 @@ from itertools import pairwise
 from ..runtime.op_graph import Op, OpGraph, RowMix
 from ..runtime.plan import NanoBatch
 from ..search_spaces.schema import RowOrder, SearchSpace
+from .bounds import power_floor_us
 from .cost_model import CostModel
 from .patterns import COMPUTE, NETWORK, MacroOp, batch_mix, lane_of, macro_ops, split_batches
 from .simulator import SYNC_US
@@ -126,8 +127,11 @@ def build_instance(
     num_batches = len(splits[0].sizes)
     shares = {lane: lane_shares(lane, num_sms, space) for lane in {m.lane for m in macros}}
     duration_us: dict[tuple[int, int, int], float] = {}
+    floors_us: list[float] = []
     for split_index, split in enumerate(splits):
-        batches = iter(split_batches(split.sizes, split.row_order, mix))
+        held = split_batches(split.sizes, split.row_order, mix)
+        floors_us.append(_power_floor_us(held, graph, cost_model, mix))
+        batches = iter(held)
         for batch_index, size in enumerate(split.sizes):
             batch = next(batches) if size else None
             for macro_index, macro in enumerate(macros):
@@ -142,7 +146,7 @@ def build_instance(
         edges=tuple(_edges(macros, num_batches)),
         num_splits=len(splits),
         duration_us=duration_us,
-        floor_us=(0.0,) * len(splits),
+        floor_us=tuple(floors_us),
     )
 
 
@@ -161,6 +165,21 @@ def _edges(macros: Sequence[MacroOp], num_batches: int) -> list[Edge]:
                     for producer in range(first, batch + 1)
                 ]
     return edges
+
+
+def _power_floor_us(
+    batches: Sequence[NanoBatch], graph: OpGraph, cost_model: CostModel, mix: RowMix
+) -> float:
+    """What the power cap allows for one layer; 0 where that is not known from measurements."""
+    energy, num_sms = cost_model.energy, cost_model.hardware.num_sms
+    if energy is None or cost_model.profile is None:
+        return 0.0
+    joules = 0.0
+    for batch in batches:
+        for op in graph.layer:
+            cost = cost_model.best(op, batch_mix(batch, mix), num_sms)[1]
+            joules += max(0.0, cost.joules - energy.static_w * cost.us * 1e-6)
+    return power_floor_us(joules, cost_model.hardware, energy)
 
 
 def _macro_us(

@@ -106,9 +106,7 @@ def macro_ops(graph: OpGraph) -> tuple[MacroOp, ...]:
     return tuple(macros)
 
 
-def split_batches(
-    sizes: Sequence[int], row_order: RowOrder, mix: RowMix
-) -> tuple[NanoBatch, ...]:
+def split_batches(sizes: Sequence[int], row_order: RowOrder, mix: RowMix) -> tuple[NanoBatch, ...]:
     """Nano-batches of these sizes; empty ones are left out.
 
     `decodes_first` fills the first nano-batches with the decode rows, `interleaved` gives each

@@ -1,46 +1,19 @@
 """The report: what won, by how much, measured or predicted, what binds, and what to do next.
 
-`Report` holds the records of one job; `document` turns it into the JSON that `report.json` holds,
-`report.html` shows and the last line of stdout abridges to `REQUIRED_KEYS`.
+`Report` holds the records of one job; the functions say in words what it means. `document.py`
+turns it into JSON.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..runtime.plan import Bucket, Candidate, Plan, Timing
 from ..search_spaces.schema import HardwareSpec, ModelSpec
 from .capacity import DenseBatch
 from .op_table import GemmPeak, OpRow
-
-REQUIRED_KEYS = (
-    "plan",
-    "model",
-    "hardware",
-    "num_gpus",
-    "dense_batch_tokens",
-    "source",
-    "period_us",
-    "sequential_us",
-    "best_overlapped_us",
-    "speedup",
-    "lower_bound_us",
-    "power_limit_us",
-    "bound",
-    "tokens_per_s_per_gpu",
-    "joules_per_token",
-    "percent_of_optimal",
-    "verified",
-    "watts",
-    "sm_clock_mhz",
-    "commit",
-    "elapsed_s",
-)
-"""Keys of the last line of stdout, in order; `watts` and `sm_clock_mhz` are null unless measured,
-`verified` is null when verification was not asked for."""
 
 _LIFTS = {
     "power": "at the power cap only joules per token count: fewer KV bytes, fewer passes over "
@@ -101,66 +74,6 @@ class Report:
         return candidate.best_known if self.is_measured else candidate.predicted
 
 
-def document(report: Report) -> dict[str, Any]:
-    """The whole of `report.json`."""
-    return {
-        **summary(report),
-        "verdict": verdict(report),
-        "next_step": next_step(report),
-        "reasons": caveats(report),
-        "profile": report.profile,
-        "optimal_reference": asdict(report.gemm_peak),
-        "prediction_error": _prediction_error(report.bucket.winner),
-        "workload": report.plan.workload,
-        "batch": _batch(report),
-        "race": [_race_row(report, candidate) for candidate in report.race],
-        "certificate": dict(report.certificate),
-        "ops": {role: [asdict(row) for row in rows] for role, rows in report.op_tables.items()},
-        "verification": _verification(report.bucket),
-        "provenance": dict(report.provenance),
-    }
-
-
-def summary(report: Report) -> dict[str, Any]:
-    """The required keys."""
-    bucket, tokens = report.bucket, report.bucket.dense_batch_tokens
-    won = report.timing(bucket.winner)
-    sequential_us = report.timing(bucket.sequential).period_us
-    gpus = report.plan.num_gpus
-    needed_flops = 2.0 * report.model.num_parameters * tokens
-    optimal_us = needed_flops / (gpus * report.gemm_peak.flops_per_s) * 1e6
-    values: dict[str, Any] = {
-        "plan": report.plan_path,
-        "model": report.plan.model,
-        "hardware": report.plan.hardware,
-        "num_gpus": gpus,
-        "dense_batch_tokens": tokens,
-        "source": "measured" if report.is_measured else won.source,
-        "period_us": round(won.period_us, 1),
-        "sequential_us": round(sequential_us, 1),
-        "best_overlapped_us": round(report.timing(bucket.best_overlapped).period_us, 1),
-        "speedup": round(sequential_us / won.period_us, 4),
-        "lower_bound_us": round(bucket.lower_bound_us, 1),
-        "power_limit_us": round(bucket.power_limit_us, 1),
-        "bound": bucket.bound,
-        "tokens_per_s_per_gpu": round(tokens / (won.period_us * 1e-6) / gpus, 1),
-        "joules_per_token": _digits(won.joules / tokens),
-        "percent_of_optimal": round(100 * optimal_us / won.period_us, 2),
-        "verified": report.verified,
-        "watts": round(won.watts, 1) if report.is_measured else None,
-        "sm_clock_mhz": round(won.sm_clock_mhz) if report.is_measured else None,
-        "commit": report.commit,
-        "elapsed_s": round(report.elapsed_s, 1),
-    }
-    assert tuple(values) == REQUIRED_KEYS
-    return values
-
-
-def json_line(values: Mapping[str, Any]) -> str:
-    """The required keys of a document as one compact line."""
-    return json.dumps({key: values[key] for key in REQUIRED_KEYS}, separators=(",", ":"))
-
-
 def verdict(report: Report) -> str:
     """What won, by how much, and how that is known, in two sentences."""
     bucket = report.bucket
@@ -181,7 +94,18 @@ def verdict(report: Report) -> str:
     )
     if overlapped_us != won_us:
         text += f" The best overlapped plan takes {_ms(overlapped_us)}."
-    return text
+    return text + _power_doubt(report)
+
+
+def _power_doubt(report: Report) -> str:
+    """What the power cap makes of a predicted gain, when the prediction does not know the cap."""
+    limit_us, cap_w = report.bucket.power_limit_us, report.hardware.power_cap_w
+    if report.is_measured or report.timing(report.bucket.winner).period_us >= limit_us:
+        return ""
+    return (
+        f" But the joules of this batch take about {_ms(limit_us)} under the {cap_w:.0f} W cap, in "
+        "any plan: expect less of a gain, or none."
+    )
 
 
 def next_step(report: Report) -> str:
@@ -207,98 +131,11 @@ def next_step(report: Report) -> str:
 def caveats(report: Report) -> list[str]:
     """What the figures leave out, and how they came about."""
     found = list(report.reasons)
-    won, cap_w = report.timing(report.bucket.winner), report.hardware.power_cap_w
-    if not report.is_measured and won.watts > cap_w:
-        found.insert(
-            0,
-            f"These times ask for {won.watts:.0f} W a GPU and the cap is {cap_w:.0f} W: expect "
-            f"about {_ms(report.bucket.power_limit_us)} or more on the card.",
-        )
     carried = sum(row.source == "interpolated" for row in report.op_tables.get("winner", ()))
     if carried:
         total = len(report.op_tables["winner"])
         found.append(f"{carried} of the winner's {total} nano-ops have interpolated times.")
     return found
-
-
-def race_table(values: Mapping[str, Any]) -> Any:  # noqa: ANN401
-    """The race as a rich table, from a document."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("plan")
-    for heading in ("nano-batches", "lanes", "ms/iteration", "speedup", "tokens/s/GPU"):
-        table.add_column(heading, justify="right")
-    table.add_column("source")
-    for row in values["race"]:
-        tokens_per_s = values["dense_batch_tokens"] / row["period_us"] * 1e6 / values["num_gpus"]
-        table.add_row(
-            row["name"].replace("_", " ") + (" *" if row["is_winner"] else ""),
-            str(row["num_nano_batches"]),
-            str(row["num_lanes"]),
-            f"{row['period_us'] / 1e3:.3f}",
-            f"{row['speedup']:.3f}x",
-            f"{tokens_per_s:,.0f}",
-            row["source"],
-            style="bold" if row["is_winner"] else "",
-        )
-    return table
-
-
-def _race_row(report: Report, candidate: Candidate) -> dict[str, Any]:
-    timing, schedule = report.timing(candidate), candidate.schedule
-    tokens = report.bucket.dense_batch_tokens
-    sequential_us = report.timing(report.bucket.sequential).period_us
-    return {
-        "name": schedule.name,
-        "num_nano_batches": len(schedule.nano_batches),
-        "num_lanes": len(schedule.lanes),
-        "period_us": round(timing.period_us, 1),
-        "p10_us": round(timing.p10_us, 1),
-        "p90_us": round(timing.p90_us, 1),
-        "speedup": round(sequential_us / timing.period_us, 4),
-        "source": timing.source,
-        "predicted_us": round(candidate.predicted.period_us, 1),
-        "prediction_error": _prediction_error(candidate),
-        "joules_per_token": _digits(timing.joules / tokens),
-        "watts": round(timing.watts, 1),
-        "sm_clock_mhz": round(timing.sm_clock_mhz),
-        "is_winner": schedule == report.bucket.winner.schedule,
-    }
-
-
-def _verification(bucket: Bucket) -> list[dict[str, Any]]:
-    """The records, each with the plan that it is about, in the order they were made."""
-    schedules = dict.fromkeys((bucket.winner.schedule, bucket.best_overlapped.schedule))
-    names = [schedule.name for schedule in schedules]
-    return [
-        {"plan": name, **asdict(record)}
-        for name, record in zip(names, bucket.verification, strict=False)
-    ]
-
-
-def _batch(report: Report) -> dict[str, Any]:
-    bucket, memory = report.bucket, report.batch.memory
-    return {
-        "decode_tokens": bucket.decode_tokens,
-        "prefill_tokens": bucket.dense_batch_tokens - bucket.decode_tokens,
-        "decode_context_tokens": bucket.decode_context_tokens,
-        "prefill_context_tokens": bucket.prefill_context_tokens,
-        "row_order": bucket.row_order,
-        **asdict(memory),
-    }
-
-
-def _prediction_error(candidate: Candidate) -> float | None:
-    """(predicted - measured) / measured; None without a measurement."""
-    if candidate.measured is None:
-        return None
-    return _digits(candidate.predicted.period_us / candidate.measured.period_us - 1)
-
-
-def _digits(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 def _ms(us: float) -> str:

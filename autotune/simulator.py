@@ -9,7 +9,9 @@ two lanes busy it is exact, with three it is never below the largest single slow
 triples are not.
 
 Power: rows are measured at the clocks that a card sustains at its cap, and pair slowdowns beside
-each other at theirs, so that the cap is already in both. Nothing is stretched again here.
+each other at theirs, so that the cap is already in both and a timeline is never stretched by it.
+`predict` only refuses to promise less time than the dynamic joules allow (`power_floor_us`), which
+matters where no pairs were measured; roofline figures stay what the datasheet says.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from ..profiler.profile import Source
 from ..runtime.op_graph import OpGraph, RowMix
 from ..runtime.plan import Schedule, Timing
 from ..runtime.schedule import Instance, row_mix, unroll
+from .bounds import power_floor_us
 from .cost_model import CostModel, Estimate
 
 SYNC_US = 2.0
@@ -274,12 +277,18 @@ def simulate(
 
 def predict(schedule: Schedule, graph: OpGraph, cost_model: CostModel, mix: RowMix) -> Timing:
     """Simulated timing of one iteration; joules of all GPUs, watts of one."""
-    timeline = simulate(schedule, graph, cost_model, mix)
+    timeline, energy = simulate(schedule, graph, cost_model, mix), cost_model.energy
+    period_us, joules = timeline.period_us, timeline.joules
+    if energy is not None and timeline.source != "roofline":
+        dynamic = joules - energy.static_w * period_us * 1e-6
+        floor_us = power_floor_us(dynamic, cost_model.hardware, energy)
+        period_us = max(period_us, floor_us)
+        joules = dynamic + energy.static_w * period_us * 1e-6
     return Timing(
-        period_us=timeline.period_us,
+        period_us=period_us,
         source="roofline" if timeline.source == "roofline" else "predicted",
-        p10_us=timeline.period_us,
-        p90_us=timeline.period_us,
-        joules=timeline.joules * graph.tp_degree,
-        watts=timeline.joules / timeline.period_us * 1e6,
+        p10_us=period_us,
+        p90_us=period_us,
+        joules=joules * graph.tp_degree,
+        watts=joules / period_us * 1e6,
     )

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..profiler.profile import Profile
-from ..runtime.plan import Bucket, Plan, Schedule
+from ..runtime.plan import Bucket, Candidate, Plan, Schedule
+from ..runtime.schedule import IllegalScheduleError
 from ..search_spaces.schema import RowOrder
 from .cost_model import CostModel
 from .emit import draw, play, shown, write
+from .gpu_stage import GpuStage
 from .job import (
     Job,
     ProfileChoice,
@@ -48,6 +50,10 @@ PAGE_SIZE = 16
 """Tokens of one KV-cache page."""
 
 
+class NoFeasiblePlanError(RuntimeError):
+    """Nothing in the search space can run."""
+
+
 def tune(options: TuneOptions, console: Console) -> Report:
     """Run the whole job and write its output folder.
 
@@ -57,27 +63,30 @@ def tune(options: TuneOptions, console: Console) -> Report:
 
     Raises:
         ValueError: input that breaks a rule (specs, capacity, profile, output folder).
+        NoFeasiblePlanError: nothing in the search space can run.
+        VerificationError: the plan computes something else.
     """
     started = time.monotonic()
-    job = resolve(options)
-    say(
-        console,
-        "job",
-        f"{job.model.name} on {job.num_gpus} x {job.hardware.name}, workload "
-        f"{job.workload.name}, {job.batch.tokens} tokens a batch",
-    )
+    job = resolve(options, lambda text: say(console, "gpu", text))
+    with closing(job.stage) if job.stage else nullcontext():
+        return _run(options, job, console, started)
+
+
+def _run(options: TuneOptions, job: Job, console: Console, started: float) -> Report:
+    what = f"{job.model.name} on {job.num_gpus} x {job.hardware.name}, workload {job.workload.name}"
+    say(console, "job", f"{what}, {job.batch.tokens} tokens a batch")
     folder = options.output_dir or default_folder(job)
     replaced = claim(folder, _identity(job), is_measured=job.stage is not None)
     chosen = choose_profile(options, job)
     say(console, "profile", chosen.title)
     cost_model = CostModel(chosen.profile, job.hardware, job.model.torch_dtype)
-    with staging(folder) as aside, closing(job.stage) if job.stage else nullcontext():
+    with staging(folder) as aside:
         result = _search(options, job, cost_model, aside, console)
         plan = _plan(job, chosen.profile, result)
         if not options.is_search_only:
             say(console, "verify", f"winner and best overlapped on {job.num_gpus} rank(s)")
             with console.status("verifying"):
-                plan = verify(plan, job.model, options.seed, job.stage)
+                plan = verify(plan, job.model, job.hardware, options.seed, job.stage)
         tracks = play(plan.buckets[0], job.graph, cost_model, job.batch.mix)
         report = _report(options, job, chosen, cost_model, result, plan, tracks)
         pictures = None
@@ -85,9 +94,7 @@ def tune(options: TuneOptions, console: Console) -> Report:
             say(console, "report", "figures, trace, page")
             pictures = draw(report, job.graph, cost_model, tracks)
         report = replace(
-            report,
-            plan_path=str(folder / "plan.yaml"),
-            elapsed_s=time.monotonic() - started,
+            report, plan_path=str(folder / "plan.yaml"), elapsed_s=time.monotonic() - started
         )
         write(report, pictures, aside)
     say(console, "output", f"{folder}" + (f" ({replaced})" if replaced else ""))
@@ -112,17 +119,52 @@ def _identity(job: Job) -> dict[str, object]:
 def _search(
     options: TuneOptions, job: Job, cost_model: CostModel, aside: Path, console: Console
 ) -> SearchResult:
-    with console.status("searching"):
-        return search(
-            job.graph,
-            cost_model,
-            job.hardware,
-            job.space,
-            job.batch.mix,
-            seed=options.seed,
-            storage=f"sqlite:///{aside / 'search.db'}",
-            measure=job.stage.measure if job.stage else None,
+    least = 2 * job.space.token_granularity
+    if job.batch.tokens < least:
+        raise NoFeasiblePlanError(
+            f"a plan needs two nano-batches of {job.space.token_granularity} tokens, but only "
+            f"{job.batch.tokens} tokens fit; use more GPUs"
         )
+    try:
+        with console.status("searching"):
+            result = search(
+                job.graph,
+                cost_model,
+                job.hardware,
+                job.space,
+                job.batch.mix,
+                seed=options.seed,
+                storage=f"sqlite:///{aside / 'search.db'}",
+                on_progress=lambda text: say(console, "search", text),
+                measure=job.stage.measure if job.stage else None,
+            )
+    except IllegalScheduleError as err:
+        raise NoFeasiblePlanError(
+            f"no schedule of the search space runs on {job.hardware.name}: {err}"
+        ) from err
+    return _settled(result, job.stage) if job.stage else result
+
+
+def _settled(result: SearchResult, stage: GpuStage) -> SearchResult:
+    """Time the finalists once more in one interleaved run, and let that decide.
+
+    The sequential plan comes first, so that another one must be faster to win.
+    """
+    finalists = (result.sequential, result.best_overlapped, result.winner)
+    schedules = list(dict.fromkeys(candidate.schedule for candidate in finalists))
+    timed = dict(zip(schedules, stage.measure(schedules), strict=True))
+
+    def again(candidate: Candidate) -> Candidate:
+        measured = timed.get(candidate.schedule, candidate.measured)
+        return replace(candidate, measured=measured)
+
+    return replace(
+        result,
+        winner=min(map(again, finalists), key=lambda candidate: candidate.best_known.period_us),
+        sequential=again(result.sequential),
+        best_overlapped=again(result.best_overlapped),
+        race=tuple(map(again, result.race)),
+    )
 
 
 def _plan(job: Job, profile: Profile | None, result: SearchResult) -> Plan:
@@ -179,8 +221,8 @@ def _report(
         model=job.model,
         hardware=job.hardware,
         batch=job.batch,
-        race=result.race,
-        certificate=asdict(result.certificate),
+        race=best_of_each_kind(result),
+        certificate={**asdict(result.certificate), "num_tried": len(result.history)},
         op_tables={
             role: op_rows(candidates[role].schedule, job.graph, cost_model, mix, played.bars)
             for role, played in tracks.items()
@@ -190,4 +232,21 @@ def _report(
         provenance=provenance(plan.inputs, chosen.profile, settings),
         reasons=job.reasons,
         commit=commit(),
+    )
+
+
+def best_of_each_kind(result: SearchResult) -> tuple[Candidate, ...]:
+    """The fastest candidate of each name, sequential first; measured ones go before predicted."""
+    best: dict[str, Candidate] = {"sequential": result.sequential}
+    ranked = sorted(
+        result.race,
+        key=lambda candidate: (candidate.measured is None, candidate.best_known.period_us),
+    )
+    for candidate in (result.winner, result.best_overlapped, *ranked):
+        best.setdefault(candidate.schedule.name, candidate)
+    return tuple(
+        sorted(
+            best.values(),
+            key=lambda c: (c.schedule.name != "sequential", c.best_known.period_us),
+        )
     )

@@ -75,12 +75,19 @@ class Executor:
         """Bind nothing yet; `prepare` does.
 
         Raises:
-            ValueError: batch and schedule differ in rows, or ranks lack groups.
+            ValueError: batch and schedule differ in rows, a request is longer than the model
+                takes, or ranks lack groups.
         """
         if batch.num_rows != schedule.dense_batch_tokens:
             raise ValueError(
                 f"the schedule is for {schedule.dense_batch_tokens} rows, but the batch has "
                 f"{batch.num_rows}: build the batch from `schedule.nano_batches`"
+            )
+        longest, limit = max(r.kv_len for r in batch.requests), graph.model.max_position_embeddings
+        if longest > limit:
+            raise ValueError(
+                f"a request has {longest} tokens, but {graph.model.name} takes {limit} "
+                "(`max_position_embeddings`)"
             )
         self.resources = resources or Resources()
         if graph.tp_degree > 1 and self.resources.groups is None:
@@ -235,7 +242,8 @@ class Executor:
             self.run()
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):
+        # NCCL's watchdog thread may query events meanwhile: only this thread is restricted.
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self.run()
 
     def replay(self) -> None:

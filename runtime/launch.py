@@ -206,6 +206,7 @@ def _serve(
 ) -> None:
     """A rank's life: join the process group, answer calls until told to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    os.dup2(2, 1)  # whatever libraries print: the parent's stdout is for its results
     try:
         context = _join(pipe, rank, world_size, device, timeout_s)
     except Exception as err:
@@ -255,13 +256,14 @@ def _join(
     if world_size > 1 and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one host: no name look-up
     timeout = timedelta(seconds=timeout_s)
-    store: dist.TCPStore | None = None
+    make_store = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage] - documented
+    store = None
     if rank == 0:
         if world_size > 1:
-            store = dist.TCPStore("127.0.0.1", 0, None, True, timeout, wait_for_workers=False)
+            store = make_store("127.0.0.1", 0, None, True, timeout, wait_for_workers=False)
         pipe.send(store.port if store is not None else 0)
     else:
-        store = dist.TCPStore("127.0.0.1", pipe.recv(), None, False, timeout)
+        store = make_store("127.0.0.1", pipe.recv(), None, False, timeout)
     if store is not None:
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",

@@ -282,4 +282,3 @@ def random_legal_order(instances: list[Instance], seed: int) -> list[int]:
             if missing[follower] == 0:
                 ready.append(follower)
     return order
-

@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..search_spaces.schema import Dtype, ModelSpec
+from ..search_spaces.schema import Dtype, HardwareSpec, ModelSpec
 from .launch import RankContext, RankGroup
 from .op_graph import OpGraph
 from .plan import Bucket, NanoBatch, NanoOp, Plan, Schedule, Verification
+from .plan_io import check_plan
 
 if TYPE_CHECKING:
     from .executor import Resources
@@ -168,9 +169,9 @@ def verify_schedule(
 def verify_plan(
     plan: Plan,
     model: ModelSpec,
+    hardware: HardwareSpec,
     ranks: RankGroup,
     *,
-    num_sms: int = 1,
     make_resources: MakeResources | None = None,
     seed: int = 0,
 ) -> Plan:
@@ -179,13 +180,14 @@ def verify_plan(
     Args:
         plan: its `num_gpus` must be the number of ranks.
         model: the real model; ranks on a CPU run its scaled-down form.
+        hardware: what the plan is for; shares it lacks are refused.
         ranks: running, see `RankGroup`.
-        num_sms: SMs of the whole GPU (CUDA).
         make_resources: partitions and groups of a rank; by default none, and one group per lane.
         seed: of weights, cache, tokens and random orders.
 
     Raises:
         ValueError: the plan is for another number of ranks.
+        IllegalScheduleError: a schedule that must not run.
         VerificationError: something differs.
     """
     if plan.num_gpus != ranks.world_size:
@@ -193,6 +195,7 @@ def verify_plan(
             f"the plan is for {plan.num_gpus} GPUs, but {ranks.world_size} ranks run: start "
             f"RankGroup({plan.num_gpus})"
         )
+    check_plan(plan, OpGraph.build(model, plan.num_gpus), hardware)
 
     def verified(bucket: Bucket) -> Bucket:
         records: list[Verification] = []
@@ -204,7 +207,7 @@ def verify_plan(
                     model,
                     schedule,
                     plan.num_gpus,
-                    num_sms,
+                    hardware.num_sms,
                     bucket.decode_context_tokens,
                     bucket.prefill_context_tokens,
                     sequential=bucket.sequential.schedule,

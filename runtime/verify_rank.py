@@ -25,13 +25,14 @@ from .launch import RankContext
 from .model import reference_forward
 from .op_graph import OpGraph, RowMix
 from .plan import Schedule, Verification
-from .schedule import Instance, random_legal_order
+from .schedule import Instance, check, random_legal_order
 from .steady_state import batch_mix, steady_pages, steady_requests
 from .verify import TOLERANCE, Case, MakeResources, VerificationError
 from .weights import Weights, random_weights
 
 _CACHE_POISON = 512.0
 """Finite, since a masked key may be multiplied by 0; far from any key or value."""
+_ANY_SHARE = 1 << 20
 _ROW_FACTOR = 10.0
 """A single row may be this much worse than the tolerance of the whole output."""
 
@@ -93,12 +94,12 @@ def verify_on_rank(
     sequential = _observed(setting.executor(case.sequential))
     _compare_with_reference(setting, sequential, tolerance)
     executor = setting.executor(case.schedule)
+    _poison(executor)
+    audit(executor, ctx.rank)  # first: it names the nano-op that is at fault
     planned = _observed(executor)
     what = f"schedule {case.schedule.name!r} against the sequential run"
     worst = _compare(planned, sequential.layers_TD, sequential.logits_RV, tolerance, what, ctx.rank)
     orders = _check_repeats(setting, executor, planned)
-    _poison(executor)
-    audit(executor, ctx.rank)
     return Verification(
         passed=True,
         device=_device_name(setting.weights.device),
@@ -115,6 +116,9 @@ def verify_on_rank(
 def _setting(ctx: RankContext, case: Case, make_resources: MakeResources) -> _Setting:
     if case.tp_degree != ctx.world_size:
         raise ValueError(f"the case is for {case.tp_degree} ranks, but {ctx.world_size} run it")
+    graph = OpGraph.build(case.model, case.tp_degree)
+    # Order and token ranges; whether the shares fit is for the hardware's owner, `check_plan`.
+    check(case.schedule, graph, num_sms=_ANY_SHARE, sm_granularity=1)
     device = torch.device(ctx.device)
     resources = make_resources(ctx, (case.schedule, case.sequential))
     mix = _straddling_mix(case)
@@ -140,7 +144,7 @@ def _setting(ctx: RankContext, case: Case, make_resources: MakeResources) -> _Se
     return _Setting(
         case=case,
         rank=ctx.rank,
-        graph=OpGraph.build(case.model, case.tp_degree),
+        graph=graph,
         weights=weights,
         cache=cache,
         requests=steady_requests(

@@ -1,22 +1,13 @@
 from __future__ import annotations
 
 import struct
-import sys
-from pathlib import Path
 
-from nanoflow_tune.autotune.figures import (
-    PALETTE,
-    Chosen,
-    Curve,
-    op_class,
-    sm_curves_png,
-    timeline_png,
-)
+from nanoflow_tune.autotune.figure_style import PALETTE, op_class
+from nanoflow_tune.autotune.figures import Chosen, Curve, sm_curves_png, timeline_png
 from nanoflow_tune.autotune.trace import track
 from nanoflow_tune.runtime.op_graph import OpGraph
 
-sys.path.insert(0, str(Path(__file__).parent))
-import report_fakes as fakes
+from . import report_fakes as fakes
 
 
 def size(png):

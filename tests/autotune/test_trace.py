@@ -1,16 +1,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 from nanoflow_tune.autotune.trace import sm_usage, trace_json, track
 from nanoflow_tune.runtime.op_graph import OpGraph
 
-sys.path.insert(0, str(Path(__file__).parent))
-import report_fakes as fakes
+from . import report_fakes as fakes
 
 
 @pytest.fixture
@@ -22,9 +19,7 @@ def graph():
 def played(graph):
     schedule = fakes.overlapped(graph)
     events = fakes.events(schedule, graph)
-    return track(
-        schedule, graph, events, title="overlapped", source="predicted", period_us=1e5
-    )
+    return track(schedule, graph, events, title="overlapped", source="predicted", period_us=1e5)
 
 
 def test_bars_know_their_op_lane_and_nano_batch(played):

@@ -55,15 +55,15 @@ def sequential(graph: OpGraph, rows: int, decodes: int, variant: str = "torch") 
 def ping_pong(
     graph: OpGraph, cut: int, rows: int, decodes: tuple[int, int], variant: str = "torch"
 ) -> Schedule:
-    """Two nano-batches half a layer apart: the FFN of one runs beside the attention of the other.
+    """Two nano-batches half a layer apart: each attends while the other does its GEMMs.
 
-    Nano-batch A finishes the FFN of layer l - 1 (stage 1) while B attends in layer l - 1; then B
-    does its FFN while A attends in layer l.
+    In a period, A finishes layer l - 1 (stage 1) and starts layer l beside the decode attention of
+    B in layer l - 1; then B does the same beside the decode attention of A in layer l.
     """
     a, b = (0, cut), (cut, rows)
     names = graph.op_names
-    first_ffn = names.index("ffn_norm")
-    front, back = names[:first_ffn], names[first_ffn:]
+    after_attention = names.index("o_proj")
+    front, back = names[:after_attention], names[after_attention:]
 
     def nano_op(op: str, tokens: tuple[int, int], stage: int) -> NanoOp:
         return NanoOp(

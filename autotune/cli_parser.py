@@ -1,0 +1,76 @@
+"""Flags and verbs of the command line."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.metadata import version
+from pathlib import Path
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The main job's flags, and the verbs."""
+    parser = argparse.ArgumentParser(
+        prog="nanoflow-tune",
+        description="Tune intra-device parallelism: profile, search, verify, and write one plan "
+        "with a report. Without a verb it does all of it for one model.",
+        epilog="exit: 0 done, 1 crash, 2 bad input, 3 no feasible plan, 4 verification failed",
+    )
+    parser.add_argument("--version", action="version", version=version("nanoflow-tune"))
+    _add_job_flags(parser, is_model_required=False)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+    search = verbs.add_parser("search", help="the main job without verification and figures")
+    _add_job_flags(search)
+    profile = verbs.add_parser(
+        "profile", help="measure the kernels of a model on this machine's GPU"
+    )
+    _add_job_flags(profile)
+    verify = verbs.add_parser("verify", help="run a plan against the unsplit run and compare")
+    verify.add_argument("plan", type=Path, metavar="PLAN.yaml")
+    verify.add_argument("--model", help="the model's spec, where its name alone is not known")
+    verify.add_argument("--seed", type=int, default=0, help="of weights, pages and orders")
+    _add_output_flags(verify)
+    report = verbs.add_parser("report", help="show the result in a folder and render its page anew")
+    report.add_argument("folder", type=Path, metavar="DIR")
+    _add_output_flags(report)
+    models = verbs.add_parser("models", help="list the shipped models, GPUs and workloads")
+    models.add_argument("--gpu", default="h200", help="say how many of these each model needs")
+    _add_output_flags(models)
+    return parser
+
+
+def _add_job_flags(parser: argparse.ArgumentParser, *, is_model_required: bool = True) -> None:
+    add = parser.add_argument
+    add(
+        "--model",
+        required=is_model_required,
+        help="a shipped model, a YAML file, or a Hugging Face folder or config.json",
+    )
+    add("--gpu", help="a shipped GPU or a YAML file (default: this machine's, else h200)")
+    add(
+        "--num-gpus",
+        type=_positive,
+        help="tensor-parallel degree (default: the smallest that fits)",
+    )
+    add("--workload", default="512/512", help="mean PROMPT/DECODE tokens, or a name (%(default)s)")
+    add(
+        "--profile",
+        default="auto",
+        metavar="auto|shipped|roofline|PATH",
+        help="auto measures on a GPU and takes the shipped profile elsewhere (%(default)s)",
+    )
+    add("--output-dir", type=Path, help="default: nanoflow-out/<model>-<gpu>-<workload>-tp<N>")
+    add("--effort", choices=("quick", "full"), default="quick", help="(%(default)s)")
+    add("--seed", type=int, default=0, help="(%(default)s)")
+    _add_output_flags(parser)
+
+
+def _add_output_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="only the JSON line on stdout")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, but got {value}")
+    return value

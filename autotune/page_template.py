@@ -1,0 +1,57 @@
+"""The frame and style of `report.html`: inline, light and dark, wide and narrow."""
+
+from __future__ import annotations
+
+from string import Template
+
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>$title</title>
+<style>
+:root { --ink:#1b1f24; --muted:#57606a; --paper:#ffffff; --card:#f6f8fa; --line:#d8dee4;
+  --accent:#0072b2; --good:#00775a; --bad:#b34700; }
+@media (prefers-color-scheme: dark) { :root { --ink:#e6edf3; --muted:#9da7b1; --paper:#0f1419;
+  --card:#1a2129; --line:#2f3842; --accent:#63b8ea; --good:#4cc9a3; --bad:#ff9a5c; } }
+* { box-sizing:border-box; }
+body { margin:0; background:var(--paper); color:var(--ink); line-height:1.5;
+  font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif; }
+main { max-width:68rem; margin:0 auto; padding:2rem 1.1rem 4rem; }
+header p.job { color:var(--muted); margin:0 0 .35rem; }
+h1 { font-size:clamp(1.25rem,3.2vw,1.7rem); line-height:1.35; margin:0 0 .6rem; text-wrap:balance; }
+h2 { font-size:1.12rem; margin:2.6rem 0 .6rem; }
+p { margin:.4rem 0; max-width:60rem; }
+.muted, figcaption { color:var(--muted); font-size:.92rem; }
+.numbers { display:grid; grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr)); gap:.7rem;
+  margin:1.4rem 0 0; }
+.numbers div { background:var(--card); border:1px solid var(--line); border-radius:.55rem;
+  padding:.65rem .8rem; }
+.numbers b { display:block; font-size:1.3rem; font-variant-numeric:tabular-nums; }
+.numbers span { color:var(--muted); font-size:.84rem; }
+.badge { display:inline-block; border:1px solid currentColor; border-radius:1rem;
+  padding:.02rem .6rem; font-size:.84rem; margin-right:.4rem; }
+.good { color:var(--good); } .bad { color:var(--bad); } .accent { color:var(--accent); }
+figure { margin:.4rem 0 0; }
+figure div { overflow-x:auto; border:1px solid var(--line); border-radius:.55rem; background:#fff; }
+figure img { display:block; width:100%; min-width:44rem; height:auto; }
+.scroll { overflow-x:auto; }
+table { border-collapse:collapse; width:100%; font-size:.92rem; font-variant-numeric:tabular-nums; }
+th, td { padding:.34rem .65rem; border-bottom:1px solid var(--line); text-align:right;
+  white-space:nowrap; }
+th { color:var(--muted); font-weight:600; }
+th:first-child, td:first-child, .text { text-align:left; }
+tr.winner td { font-weight:650; background:var(--card); }
+.facts td:last-child { text-align:left; white-space:normal; overflow-wrap:anywhere; }
+.facts td:first-child { color:var(--muted); }
+details { margin:.5rem 0; } summary { cursor:pointer; color:var(--accent); padding:.2rem 0; }
+code { font-size:.92em; }
+</style>
+</head>
+<body><main>
+$body
+</main></body>
+</html>
+""")

@@ -1,0 +1,265 @@
+"""Refinement: an Optuna study around the MILP's structure and the ping-pong family.
+
+Every trial is a whole schedule. Its value is the simulated period or, with `measure`, the period
+on the GPU. Trials live in Optuna's own storage, so that a search resumes and optuna-dashboard
+opens it; a trial whose schedule is illegal fails and keeps the reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..runtime.op_graph import OpGraph, RowMix
+from ..runtime.plan import Candidate, Schedule, Timing
+from ..runtime.schedule import IllegalScheduleError, check
+from ..search_spaces.schema import SearchSpace
+from .baselines import PingPongChoice, ping_pong
+from .cost_model import CostModel
+from .milp_input import lane_shares
+from .patterns import (
+    COMPUTE,
+    MEMORY,
+    NETWORK,
+    Placed,
+    build_schedule,
+    macro_ops,
+    split_batches,
+    total_tokens,
+)
+from .simulator import predict
+
+if TYPE_CHECKING:
+    import optuna
+
+Measure = Callable[[Sequence[Schedule]], Sequence[Timing]]
+MEASURED_TOGETHER = 4
+"""Hardware trials proposed and measured in one go, interleaved."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """What a study searches: the structures, and the lists its parameters choose from."""
+
+    graph: OpGraph
+    cost_model: CostModel
+    space: SearchSpace
+    mix: RowMix
+    structure: tuple[Placed, ...] = ()
+    """One period of two nano-batches found by the MILP; empty when it found none."""
+    is_variant_free: bool = False
+    """Let trials choose GEMM variants; pointless on the simulator, where the fastest alone wins."""
+
+    def shares(self, lane: str) -> list[int]:
+        """Shares a lane may take beside other lanes."""
+        total = self.cost_model.hardware.num_sms
+        offered = self.space.network_sm_shares if lane == NETWORK else self.space.sm_shares
+        kept = [s for s in sorted(offered) if (2 * s >= total) == (lane == COMPUTE)]
+        return kept or list(lane_shares(lane, total, self.space))
+
+    def first_tokens(self) -> list[int]:
+        """Places for the boundary of two nano-batches."""
+        step = self.space.token_granularity
+        return list(range(step, total_tokens(self.mix), step))
+
+    def schedule(self, trial: optuna.trial.BaseTrial) -> Schedule:
+        """The schedule of a trial's parameters.
+
+        Raises:
+            IllegalScheduleError: the parameters do not fit together.
+        """
+        kinds = ["blocks", "interleaved"] + (["milp"] if self.structure else [])
+        kind = trial.suggest_categorical("structure", kinds)
+        first = trial.suggest_categorical("first_tokens", self.first_tokens())
+        order = trial.suggest_categorical("row_order", list(self.space.row_orders))
+        variants = self._variants(trial)
+        if kind == "milp":
+            return self._from_structure(trial, first, order, variants)
+        choice = PingPongChoice(
+            first_tokens=first,
+            row_order=order,
+            compute_sms=trial.suggest_categorical("compute_sms", self.shares(COMPUTE)),
+            memory_sms=trial.suggest_categorical("memory_sms", self.shares(MEMORY)),
+            network_sms=self._network_sms(trial),
+            order=kind,
+            variants=variants,
+        )
+        return ping_pong(self.graph, self.cost_model, self.mix, choice, "overlapped_refined")
+
+    def _network_sms(self, trial: optuna.trial.BaseTrial) -> int:
+        if self.graph.tp_degree == 1:
+            return self.shares(NETWORK)[0]
+        return trial.suggest_categorical("network_sms", self.shares(NETWORK))
+
+    def _variants(self, trial: optuna.trial.BaseTrial) -> dict[str, str]:
+        chosen: dict[str, str] = {}
+        for op in self.graph.layer if self.is_variant_free else ():
+            names = self.cost_model.variants(op)
+            if len(names) > 1:
+                name = trial.suggest_categorical(f"variant.{op.name}", ["fastest", *names])
+                chosen |= {} if name == "fastest" else {op.name: name}
+        return chosen
+
+    def _from_structure(
+        self, trial: optuna.trial.BaseTrial, first: int, order: Any, variants: Mapping[str, str]
+    ) -> Schedule:
+        placed: list[Placed] = []
+        for place in self.structure:
+            shares = self._structure_shares(place)
+            share = trial.suggest_categorical(f"sms.{_place_name(self.graph, place)}", shares)
+            placed.append(
+                Placed(macro=place.macro, batch=place.batch, stage=place.stage, num_sms=share)
+            )
+        sizes = first, total_tokens(self.mix) - first
+        batches = split_batches(sizes, order, self.mix)
+        return build_schedule(
+            "overlapped_refined", self.cost_model, self.graph, self.mix, batches, placed, variants
+        )
+
+    def _structure_shares(self, place: Placed) -> list[int]:
+        total = self.cost_model.hardware.num_sms
+        lane = macro_ops(self.graph)[place.macro].lane
+        return sorted({*self.shares(lane), place.num_sms, total})
+
+    def parameters(self, choice: PingPongChoice) -> dict[str, Any]:
+        """A ping-pong choice as trial parameters."""
+        return {
+            "structure": choice.order,
+            "first_tokens": choice.first_tokens,
+            "row_order": choice.row_order,
+            "compute_sms": choice.compute_sms,
+            "memory_sms": choice.memory_sms,
+            "network_sms": choice.network_sms,
+        }
+
+    def structure_parameters(self, schedule: Schedule) -> dict[str, Any]:
+        """The MILP's own solution as trial parameters."""
+        batches = schedule.nano_batches
+        first = batches[0].num_tokens
+        for order in self.space.row_orders:
+            sizes = first, total_tokens(self.mix) - first
+            if split_batches(sizes, order, self.mix) == batches:
+                shares = {
+                    f"sms.{_place_name(self.graph, place)}": place.num_sms
+                    for place in self.structure
+                }
+                return {"structure": "milp", "first_tokens": first, "row_order": order} | shares
+        return {}
+
+
+def _place_name(graph: OpGraph, place: Placed) -> str:
+    return f"{macro_ops(graph)[place.macro].name}.{place.batch}"
+
+
+def placed_of(schedule: Schedule, graph: OpGraph) -> tuple[Placed, ...]:
+    """The macro ops of a schedule that was built from macro ops, in issue order."""
+    batch_of = {batch.tokens: index for index, batch in enumerate(schedule.nano_batches)}
+    heads = {macro.ops[0].name: index for index, macro in enumerate(macro_ops(graph))}
+    return tuple(
+        Placed(
+            macro=heads[nano_op.op],
+            batch=batch_of[nano_op.tokens],
+            stage=nano_op.stage,
+            num_sms=nano_op.num_sms,
+        )
+        for nano_op in schedule.nano_ops
+        if nano_op.op in heads
+    )
+
+
+def refine(
+    family: Family,
+    *,
+    trials: int,
+    seed: int,
+    storage: str | None = None,
+    enqueue: Sequence[Mapping[str, Any]] = (),
+    measure: Measure | None = None,
+) -> tuple[Candidate, ...]:
+    """Run the study up to this many trials; every legal one is a candidate, in trial order.
+
+    Args:
+        family: what to search.
+        trials: in all, those of a resumed study included.
+        seed: of the sampler.
+        storage: an Optuna URL, e.g. `sqlite:///out/search.db`; None keeps it in memory.
+        enqueue: parameters to try first.
+        measure: times schedules on the GPU; without it the simulator decides.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        study_name=study_name(family, seed, "hardware" if measure else "simulator"),
+        storage=storage,
+        sampler=optuna.samplers.TPESampler(seed=seed),
+        load_if_exists=True,
+        direction="minimize",
+    )
+    for parameters in enqueue:
+        study.enqueue_trial(dict(parameters), skip_if_exists=True)
+    candidates = [_replay(family, trial) for trial in study.get_trials(deepcopy=False)]
+    done = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+    left = trials - len(done)
+    while left > 0:
+        batch = min(left, MEASURED_TOGETHER if measure else 1)
+        candidates += _step(study, family, batch, measure)
+        left -= batch
+    return tuple(candidate for candidate in candidates if candidate is not None)
+
+
+def _step(
+    study: optuna.Study, family: Family, count: int, measure: Measure | None
+) -> list[Candidate | None]:
+    """Ask for some trials, time their schedules, tell the results."""
+    import optuna
+
+    legal: list[tuple[optuna.Trial, Schedule, Timing]] = []
+    for _ in range(count):
+        trial = study.ask()
+        try:
+            schedule = _checked(family, trial)
+        except IllegalScheduleError as err:
+            trial.set_user_attr("reason", str(err))
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            continue
+        timing = predict(schedule, family.graph, family.cost_model, family.mix)
+        legal.append((trial, schedule, timing))
+    measured = measure([schedule for _, schedule, _ in legal]) if measure and legal else ()
+    found: list[Candidate | None] = []
+    for place, (trial, schedule, timing) in enumerate(legal):
+        real = measured[place] if measured else None
+        candidate = Candidate(schedule=schedule, predicted=timing, measured=real)
+        study.tell(trial, candidate.best_known.period_us)
+        found.append(candidate)
+    return found
+
+
+def _checked(family: Family, trial: optuna.trial.BaseTrial) -> Schedule:
+    schedule, hardware = family.schedule(trial), family.cost_model.hardware
+    check(schedule, family.graph, hardware.num_sms, hardware.sm_granularity)
+    return schedule
+
+
+def _replay(family: Family, trial: optuna.trial.FrozenTrial) -> Candidate | None:
+    """The candidate of a finished trial of an earlier run; a measured time is not taken over."""
+    import optuna
+
+    if trial.state != optuna.trial.TrialState.COMPLETE:
+        return None
+    schedule = _checked(family, optuna.trial.FixedTrial(trial.params))
+    timing = predict(schedule, family.graph, family.cost_model, family.mix)
+    return Candidate(schedule=schedule, predicted=timing)
+
+
+def study_name(family: Family, seed: int, how: str) -> str:
+    """Names the inputs, so that a changed space, mix, structure or profile starts a new study."""
+    profile = family.cost_model.profile
+    inputs = repr((family.space, family.mix, family.structure, family.cost_model.hardware, profile))
+    digest = hashlib.sha256(inputs.encode()).hexdigest()[:8]
+    graph = family.graph
+    return (
+        f"{graph.model.name}-tp{graph.tp_degree}-{total_tokens(family.mix)}-{how}-{seed}-{digest}"
+    )

@@ -1,0 +1,327 @@
+"""The search: baselines, structure, refinement, race; from an op graph and costs to a winner.
+
+    baselines -> best of the ping-pong family -> MILP -> Optuna on the simulator
+      -> (with a GPU) measure the race, then Optuna on the hardware -> winner
+
+The sequential schedule is always in the race. An overlapped one wins on predictions only when it
+is more than `PREDICTED_MARGIN` faster, because predictions are no better than that; on
+measurements only when it measured faster. The best overlapped schedule is reported either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from ..runtime.op_graph import OpGraph, RowMix
+from ..runtime.plan import Candidate, Schedule
+from ..runtime.schedule import IllegalScheduleError, check, concurrent_pairs
+from ..search_spaces.schema import HardwareSpec, SearchSpace
+from .baselines import (
+    PingPongChoice,
+    equal_split,
+    equal_split_choice,
+    nano_only,
+    ping_pong,
+    sequential,
+)
+from .bounds import lower_bound_us, power_limit_us, what_binds
+from .cost_model import CostModel
+from .milp import Certificate
+from .patterns import COMPUTE, MEMORY, NETWORK
+from .refine import Family, Measure, placed_of, refine
+from .simulator import predict
+from .structure import find_structure
+
+PREDICTED_MARGIN = 0.01
+"""An overlapped schedule must be predicted faster by more than this part to win."""
+MEASURED_FROM_SIMULATOR = 4
+"""Best refined schedules of the simulator that are measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchResult:
+    """What the search found for one dense-batch size and mix."""
+
+    winner: Candidate
+    sequential: Candidate
+    best_overlapped: Candidate
+    race: tuple[Candidate, ...]
+    """Sequential first, then by best known time."""
+    certificate: Certificate
+    lower_bound_us: float
+    power_limit_us: float
+    """0 where no energy model is known."""
+    bound: str
+    """`compute`, `memory`, `network` or `power`."""
+    history: tuple[tuple[int, str, float], ...]
+    """(number, schedule name, period in us) of everything tried, in order."""
+    seed: int
+
+
+def _silent(_: str) -> None:
+    """Progress nobody reads."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Search:
+    """One search under way: its inputs, and what it tried."""
+
+    graph: OpGraph
+    cost_model: CostModel
+    hardware: HardwareSpec
+    space: SearchSpace
+    mix: RowMix
+    seed: int
+    storage: str | None
+    on_progress: Callable[[str], None]
+    measure: Measure | None
+    tried: list[Candidate]
+
+    def add(self, schedule: Schedule) -> Candidate:
+        """Check and predict a schedule, and enter it into the race."""
+        check(schedule, self.graph, self.hardware.num_sms, self.hardware.sm_granularity)
+        timing = predict(schedule, self.graph, self.cost_model, self.mix)
+        candidate = Candidate(schedule=schedule, predicted=timing)
+        self.tried.append(candidate)
+        return candidate
+
+    def baselines(self) -> Candidate:
+        """Sequential (returned), nano-only in each row order, equal split."""
+        first = self.add(sequential(self.graph, self.cost_model, self.mix))
+        for order in self.space.row_orders:
+            self.add(nano_only(self.graph, self.cost_model, self.mix, order))
+        self.add(equal_split(self.graph, self.cost_model, self.mix, self.space))
+        return first
+
+    def family(self, structure: Schedule | None = None) -> Family:
+        """What the refinement searches, around a structure of two nano-batches."""
+        has_two = structure is not None and len(structure.nano_batches) == 2
+        placed = placed_of(structure, self.graph) if structure and has_two else ()
+        return Family(
+            graph=self.graph,
+            cost_model=self.cost_model,
+            space=self.space,
+            mix=self.mix,
+            structure=placed,
+        )
+
+    def best_ping_pong(self) -> tuple[PingPongChoice, Candidate]:
+        """Best member of a coarse grid: half splits, all orders and shares that fit."""
+        family, found = self.family(), list[tuple[PingPongChoice, Candidate]]()
+        half = sorted(family.first_tokens(), key=lambda n: abs(2 * n - self.mix.tokens))[:1]
+        lanes = [family.shares(lane) for lane in (COMPUTE, MEMORY, NETWORK)]
+        for rows, order, compute, memory, network in product(
+            self.space.row_orders, ("blocks", "interleaved"), *lanes
+        ):
+            if compute + max(memory, network) > self.hardware.num_sms:
+                continue
+            choice = PingPongChoice(
+                first_tokens=half[0],
+                row_order=rows,
+                compute_sms=compute,
+                memory_sms=memory,
+                network_sms=network,
+                order=order,
+            )
+            schedule = ping_pong(
+                self.graph, self.cost_model, self.mix, choice, "overlapped_ping_pong"
+            )
+            timing = predict(schedule, self.graph, self.cost_model, self.mix)
+            found.append((choice, Candidate(schedule=schedule, predicted=timing)))
+        best = min(found, key=lambda pair: pair[1].predicted.period_us)
+        self.tried.append(best[1])
+        return best
+
+    def structures(self, known: Sequence[Candidate]) -> tuple[Schedule | None, Certificate]:
+        """The MILP's schedule; solved again for two nano-batches if it prefers one.
+
+        Returns:
+            The overlapped structure, if there is one, and the certificate of the whole model.
+        """
+        ranked = sorted(known, key=lambda candidate: candidate.predicted.period_us)
+        schedules = [candidate.schedule for candidate in ranked]
+        found, certificate = self._solve(schedules, 1)
+        if found is None or len(found.nano_batches) == 1:
+            overlapped = [s for s in schedules if s.is_overlapped]
+            found, _ = self._solve(overlapped, 2)
+        return found, certificate
+
+    def _solve(
+        self, known: Sequence[Schedule], least_batches: int
+    ) -> tuple[Schedule | None, Certificate]:
+        found, certificate = find_structure(
+            self.graph,
+            self.cost_model,
+            self.space,
+            self.mix,
+            seed=self.seed,
+            known=known,
+            least_batches=least_batches,
+        )
+        if found is not None:
+            self.add(found)
+        self.on_progress(
+            f"structure MILP: {certificate.status}, layer {certificate.period_us:.0f} us, bound "
+            f"{certificate.bound_us:.0f} us, gap {100 * certificate.gap:.1f} %, "
+            f"{certificate.seconds:.1f} s"
+        )
+        return found, certificate
+
+    def refine(self, structure: Schedule | None, choice: PingPongChoice) -> None:
+        """Optuna on the simulator, around the structure, the best ping-pong and the equal split."""
+        family = self.family(structure)
+        equal = equal_split_choice(self.graph, self.mix, self.hardware, self.space)
+        first = [family.parameters(choice), family.parameters(equal)]
+        if structure is not None and family.structure:
+            first = [family.structure_parameters(structure), *first]
+        enqueue = [parameters for parameters in first if parameters]
+        self.tried += refine(
+            family,
+            trials=self.space.simulator_trials,
+            seed=self.seed,
+            storage=self.storage,
+            enqueue=enqueue,
+        )
+        if self.measure is None:
+            return
+        self.measure_race()
+        self.tried += refine(
+            replace(family, is_variant_free=True),
+            trials=self.space.hardware_trials,
+            seed=self.seed,
+            storage=self.storage,
+            enqueue=enqueue,
+            measure=self.measure,
+        )
+
+    def measure_race(self) -> None:
+        """Measure every named schedule and the best few refined ones, together."""
+        assert self.measure is not None
+        race = distinct(self.tried)
+        refined = [c for c in race if c.schedule.name == "overlapped_refined"]
+        refined.sort(key=lambda candidate: candidate.predicted.period_us)
+        named = [c for c in race if c.schedule.name != "overlapped_refined"]
+        chosen = named + refined[:MEASURED_FROM_SIMULATOR]
+        self.on_progress(f"measuring {len(chosen)} schedules on the GPU")
+        timings = self.measure([candidate.schedule for candidate in chosen])
+        self.tried += [
+            replace(candidate, measured=timing)
+            for candidate, timing in zip(chosen, timings, strict=True)
+        ]
+
+
+def search(
+    graph: OpGraph,
+    cost_model: CostModel,
+    hardware: HardwareSpec,
+    space: SearchSpace,
+    mix: RowMix,
+    *,
+    seed: int,
+    storage: str | None = None,
+    on_progress: Callable[[str], None] = _silent,
+    measure: Measure | None = None,
+) -> SearchResult:
+    """Find the fastest schedule of one dense batch.
+
+    Args:
+        graph: of one tensor-parallel rank.
+        cost_model: from a profile, or from the datasheet.
+        hardware: the GPU.
+        space: what may be decided, and how long to think.
+        mix: rows of the dense batch.
+        seed: of solver and sampler.
+        storage: Optuna storage URL, to resume from and to look at.
+        on_progress: told what happens, in words.
+        measure: times schedules on the GPU, all of them interleaved in one sustained run.
+    """
+    run = _Search(
+        graph=graph,
+        cost_model=cost_model,
+        hardware=hardware,
+        space=space,
+        mix=mix,
+        seed=seed,
+        storage=storage,
+        on_progress=on_progress,
+        measure=measure,
+        tried=[],
+    )
+    run.baselines()
+    choice, _ = run.best_ping_pong()
+    on_progress(f"baselines: {_summary(run.tried)}")
+    structure, certificate = run.structures(tuple(run.tried))
+    run.refine(structure, choice)
+    race = distinct(run.tried)
+    lower = lower_bound_us(graph, mix, hardware, cost_model.dtype)
+    power_us = power_limit_us(graph, mix, hardware, cost_model.energy)
+    base = next(c for c in race if c.schedule.name == "sequential")
+    others = sorted((c for c in race if c is not base), key=lambda c: c.best_known.period_us)
+    result = SearchResult(
+        winner=pick_winner(base, others),
+        sequential=base,
+        best_overlapped=best_overlapped(others, graph),
+        race=(base, *others),
+        certificate=certificate,
+        lower_bound_us=lower[0],
+        power_limit_us=power_us,
+        bound=what_binds(lower, power_us),
+        history=tuple(
+            (number, c.schedule.name, c.best_known.period_us) for number, c in enumerate(run.tried)
+        ),
+        seed=seed,
+    )
+    on_progress(f"winner: {result.winner.schedule.name}; {_summary(result.race)}")
+    return result
+
+
+def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Each schedule once, under its first name, with its latest measurement."""
+    found: dict[object, Candidate] = {}
+    for candidate in candidates:
+        key = candidate.schedule.nano_batches, candidate.schedule.nano_ops
+        known = found.get(key)
+        if known is None:
+            found[key] = candidate
+        elif candidate.measured is not None:
+            found[key] = replace(known, measured=candidate.measured)
+    return list(found.values())
+
+
+def pick_winner(base: Candidate, others: Sequence[Candidate]) -> Candidate:
+    """The fastest candidate that is allowed to win against the sequential one."""
+    has_measured = base.measured is not None
+    margin = 0.0 if has_measured else PREDICTED_MARGIN
+    limit_us = base.best_known.period_us * (1 - margin)
+    rivals = [c for c in others if (c.measured is not None) == has_measured]
+    best = min(rivals, key=lambda c: c.best_known.period_us, default=base)
+    return best if best.best_known.period_us < limit_us else base
+
+
+def best_overlapped(candidates: Sequence[Candidate], graph: OpGraph) -> Candidate:
+    """The fastest with two nano-batches and two lanes of which some ops can run at once.
+
+    Measured ones come first when there are any.
+    """
+    overlapped = [c for c in candidates if c.schedule.is_overlapped]
+    measured = [c for c in overlapped if c.measured is not None] or overlapped
+    ranked = sorted(measured, key=lambda c: c.best_known.period_us)
+    return next((c for c in ranked if overlaps(c.schedule, graph)), ranked[0])
+
+
+def overlaps(schedule: Schedule, graph: OpGraph) -> bool:
+    """Whether any two nano-ops can run at the same time."""
+    try:
+        return bool(concurrent_pairs(schedule, graph))
+    except IllegalScheduleError:
+        return False
+
+
+def _summary(candidates: Sequence[Candidate]) -> str:
+    best: dict[str, float] = {}
+    for candidate in candidates:
+        name, us = candidate.schedule.name, candidate.best_known.period_us
+        best[name] = min(us, best.get(name, us))
+    return ", ".join(f"{name} {us / 1000:.2f} ms" for name, us in best.items())

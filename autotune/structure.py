@@ -1,0 +1,76 @@
+"""The structure search: build the MILP, start it from what is known, read the schedule back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..runtime.op_graph import OpGraph, RowMix
+from ..runtime.plan import Schedule
+from ..runtime.schedule import check
+from ..search_spaces.schema import SearchSpace
+from .cost_model import CostModel
+from .milp import Certificate, Model, Solution, issue_order, phases
+from .milp_input import Split, build_instance, split_candidates
+from .milp_start import start_from
+from .patterns import Placed, batch_mix, build_schedule, macro_ops, split_batches
+
+
+def find_structure(
+    graph: OpGraph,
+    cost_model: CostModel,
+    space: SearchSpace,
+    mix: RowMix,
+    *,
+    seed: int,
+    known: Sequence[Schedule] = (),
+    least_batches: int = 1,
+) -> tuple[Schedule | None, Certificate]:
+    """The schedule of the shortest period the MILP finds, and what it proved.
+
+    Args:
+        graph: of one rank.
+        cost_model: durations and slowdowns.
+        space: shares, granularity, limits.
+        mix: rows of the dense batch.
+        seed: of the solver.
+        known: schedules to start from, best first; the first that fits the candidates is used.
+        least_batches: 2 leaves out the single nano-batch.
+    """
+    splits = split_candidates(space, mix, least_batches)
+    starts = (start_from(schedule, graph, cost_model, mix, splits) for schedule in known)
+    start = next((found for found in starts if found is not None), None)
+    model = Model(build_instance(graph, cost_model, space, mix, splits))
+    solution, certificate = model.solve(
+        space.milp_time_limit_s, space.milp_relative_gap, seed, start
+    )
+    if solution is None:
+        return None, certificate
+    schedule = schedule_of(solution, splits[solution.split], graph, cost_model, mix)
+    check(schedule, graph, cost_model.hardware.num_sms, cost_model.hardware.sm_granularity)
+    return schedule, certificate
+
+
+def schedule_of(
+    solution: Solution, split: Split, graph: OpGraph, cost_model: CostModel, mix: RowMix
+) -> Schedule:
+    """Write a solution down as one period."""
+    macros, placed = macro_ops(graph), phases(solution)
+    batches = split_batches(split.sizes, split.row_order, mix)
+    nodes = [(batch, macro) for batch in range(len(split.sizes)) for macro in range(len(macros))]
+    rows = [
+        macros[macro].ops[0].rows(batch_mix(batches[batch], mix)) if split.sizes[batch] else 0
+        for batch, macro in nodes
+    ]
+    empty = {node for node, count in enumerate(rows) if not count}
+    places = [
+        Placed(
+            macro=nodes[node][1],
+            batch=nodes[node][0],
+            stage=placed[node][1],
+            num_sms=solution.share[node],
+        )
+        for node in issue_order(solution, empty)
+        if split.sizes[nodes[node][0]]
+    ]
+    name = "overlapped_milp" if len(batches) > 1 else "single_batch_milp"
+    return build_schedule(name, cost_model, graph, mix, batches, places)

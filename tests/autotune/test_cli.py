@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from nanoflow_tune.autotune import cli, job, output_folder, tune, verification
+from nanoflow_tune.autotune.document import REQUIRED_KEYS
+from nanoflow_tune.autotune.gpu_stage import NO_DEVICES
+from nanoflow_tune.runtime.verify import VerificationError
+from nanoflow_tune.search_spaces.loader import load_space
+
+TINY = ["--model", "tiny-llama", "--profile", "roofline"]
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    for module in (job, verification):
+        monkeypatch.setattr(module, "find_devices", lambda: NO_DEVICES)
+
+
+@pytest.fixture
+def small_space(monkeypatch):
+    def load(name):
+        return replace(
+            load_space(name),
+            dense_batch_tokens=(256,),
+            milp_time_limit_s=2.0,
+            simulator_trials=4,
+        )
+
+    monkeypatch.setattr(job, "load_space", load)
+
+
+@pytest.fixture
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def last_json(text):
+    return json.loads(text.strip().splitlines()[-1])
+
+
+def test_main_job_writes_everything_and_ends_with_json(small_space, in_empty_folder, capsys):
+    assert cli.main(TINY) == cli.DONE
+    out, err = capsys.readouterr()
+    values = last_json(out)
+    assert tuple(values) == REQUIRED_KEYS
+    assert values["source"] == "roofline"
+    assert values["verified"] is True
+    assert values["speedup"] >= 1.0
+    folder = in_empty_folder / values["plan"].removesuffix("/plan.yaml")
+    assert {path.name for path in folder.iterdir()} >= set(output_folder.FILES) - {"search.db"}
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert "profile" in err
+
+    assert cli.main(["report", str(folder), "--json"]) == cli.DONE
+    assert last_json(capsys.readouterr().out) == values
+
+    assert cli.main(["verify", str(folder / "plan.yaml"), "--json"]) == cli.DONE
+    assert last_json(capsys.readouterr().out)["verified"] is True
+
+
+def test_search_skips_verification_and_pictures(small_space, in_empty_folder, capsys):
+    assert cli.main(["search", *TINY, "--json", "--output-dir", "here"]) == cli.DONE
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 1
+    assert last_json(out)["verified"] is None
+    assert not (in_empty_folder / "here" / "timeline.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "lama3-8b"], "did you mean 'llama3-8b'"),
+        (["--model", "llama2-70b", "--num-gpus", "1"], "use --num-gpus 2"),
+        (["--model", "llama3-8b", "--gpu", "a100-80"], "--profile roofline"),
+        (["--model", "llama3-8b", "--profile", "nowhere.csv"], "'nowhere.csv' does not exist"),
+        (["--model", "llama3-8b", "--workload", "often"], "often"),
+        (["verify", "nowhere.yaml"], "nowhere.yaml"),
+        (["report", "nowhere"], "report.json"),
+        (["profile", "--model", "llama3-8b"], "needs 1 x NVIDIA H200"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(arguments, message, in_empty_folder, capsys):
+    assert cli.main(arguments) == cli.BAD_INPUT
+    out, err = capsys.readouterr()
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert list(in_empty_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["--model", "x", "--num-gpus", "0"], ["--no-such-flag"]])
+def test_usage_errors_exit_2(arguments):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == cli.BAD_INPUT
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (VerificationError("layer 1 differs"), cli.NOT_VERIFIED, "layer 1 differs"),
+        (KeyboardInterrupt(), cli.INTERRUPTED, "run the same command again"),
+        (KeyError("oops"), cli.CRASH, "traceback is in"),
+    ],
+)
+def test_a_job_that_fails_leaves_nothing_behind(
+    error, code, message, small_space, in_empty_folder, monkeypatch, capsys
+):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(tune, "verify", fail)
+    assert cli.main([*TINY, "--output-dir", "here"]) == code
+    assert message in capsys.readouterr().err
+    assert not (in_empty_folder / "here").exists()
+
+
+def test_models_lists_specs_and_how_many_gpus_they_need(capsys):
+    assert cli.main(["models"]) == cli.DONE
+    out = capsys.readouterr().out
+    assert "llama2-70b" in out
+    assert "llama3-8b" in last_json(out)["models"]
+
+
+def test_a_folder_of_another_job_is_not_overwritten(tmp_path):
+    identity = {"model": "a", "hardware": "h200", "workload": "w", "num_gpus": 1}
+    assert output_folder.claim(tmp_path / "new", identity, is_measured=False) == ""
+    document = {**identity, "source": "measured"}
+    (tmp_path / "report.json").write_text(json.dumps(document))
+    assert "replaces" in output_folder.claim(tmp_path, identity, is_measured=True)
+    with pytest.raises(ValueError, match="not replaced by a predicted one"):
+        output_folder.claim(tmp_path, identity, is_measured=False)
+    with pytest.raises(ValueError, match="holds model 'a' and this job has 'b'"):
+        output_folder.claim(tmp_path, {**identity, "model": "b"}, is_measured=True)
+
+
+def test_the_command_line_imports_no_torch():
+    modules = "cli, emit, job, report, html, figures, trace, capacity, verification, tune"
+    code = (
+        f"from nanoflow_tune.autotune import {modules}; import sys; print('torch' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"

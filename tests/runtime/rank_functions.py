@@ -1,0 +1,81 @@
+"""What the tests run on ranks; spawned processes import it by name."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+import torch.distributed as dist
+
+from nanoflow_tune.runtime.kernels import registry, torch_ops
+from nanoflow_tune.runtime.launch import RankContext
+from nanoflow_tune.runtime.plan import Verification
+from nanoflow_tune.runtime.verify import Case, VerificationError, verify_schedule
+
+
+def count_calls(ctx: RankContext, add: int) -> tuple[int, int]:
+    ctx.state["calls"] = ctx.state.get("calls", 0) + add
+    return ctx.rank, ctx.state["calls"]
+
+
+def sum_of_ranks(ctx: RankContext) -> float:
+    x = torch.tensor([float(ctx.rank + 1)])
+    dist.all_reduce(x)
+    return float(x)
+
+
+def rank_order_sum(ctx: RankContext, num_rows: int) -> list[bytes]:
+    """Bits of an all-reduce done whole, and done in two parts."""
+    x = torch.randn(num_rows, 7, generator=torch.Generator().manual_seed(ctx.rank))
+    whole, parts = x.clone(), x.clone()
+    group = dist.group.WORLD
+    torch_ops.all_reduce_in_rank_order(whole, group, 0)
+    torch_ops.all_reduce_in_rank_order(parts[:3], group, 0)
+    torch_ops.all_reduce_in_rank_order(parts[3:], group, 0)
+    return [whole.numpy().tobytes(), parts.numpy().tobytes()]
+
+
+def fail_on(ctx: RankContext, rank: int, kind: str) -> int:
+    if ctx.rank == rank:
+        errors = {"value": ValueError, "verification": VerificationError, "other": KeyError}
+        raise errors[kind](f"planted on rank {ctx.rank}")
+    return ctx.rank
+
+
+def die_on(ctx: RankContext, rank: int) -> None:
+    if ctx.rank == rank:
+        os._exit(7)
+    sum_of_ranks(ctx)
+
+
+def hang_on(ctx: RankContext, rank: int) -> None:
+    if ctx.rank == rank:
+        time.sleep(600)
+
+
+def plant_fault(kind: str, fault: str, max_rows: int) -> None:
+    """Replace a CPU kernel by one that misbehaves on calls of fewer than `max_rows` rows."""
+    good = registry.kernel(kind, "torch", "cpu")
+
+    def broken(*args: object) -> None:
+        good(*args)
+        out = args[0] if kind == "all_reduce" else args[3]
+        if out.shape[0] >= max_rows:
+            return
+        if fault == "extra_row":
+            end = out.storage_offset() // out.stride(0) + out.shape[0]
+            out._base[end] = 1.0
+        elif fault == "double_last_row":
+            out[-1] *= 2.0
+        elif fault == "skip_row":
+            out[-1] = float("nan")  # what a row that is never written still holds
+
+    registry.register(kind, "torch", "cpu")(broken)
+
+
+def verify_with_fault(
+    ctx: RankContext, case: Case, kind: str, fault: str, max_rows: int
+) -> Verification:
+    plant_fault(kind, fault, max_rows)
+    return verify_schedule(ctx, case)

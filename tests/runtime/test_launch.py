@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import rank_functions as on_rank
+
+from nanoflow_tune.runtime.launch import RankError, RankGroup
+from nanoflow_tune.runtime.verify import VerificationError
+
+
+def test_ranks_answer_in_order_keep_state_and_reduce():
+    with RankGroup(3) as ranks:
+        assert ranks.call(on_rank.count_calls, 2) == [(0, 2), (1, 2), (2, 2)]
+        assert ranks.call(on_rank.count_calls, 3) == [(0, 5), (1, 5), (2, 5)]
+        assert ranks.call(on_rank.sum_of_ranks) == [6.0, 6.0, 6.0]
+        bits = ranks.call(on_rank.rank_order_sum, 8)
+        assert len({whole for whole, _ in bits} | {parts for _, parts in bits}) == 1
+
+
+def test_errors_keep_their_type_name_the_rank_and_leave_the_ranks_usable():
+    with RankGroup(2) as ranks:
+        with pytest.raises(ValueError, match="planted on rank 1") as caught:
+            ranks.call(on_rank.fail_on, 1, "value")
+        assert "on rank 1" in caught.value.__notes__[0]
+        assert "Traceback" in caught.value.__notes__[0]
+        with pytest.raises(VerificationError, match="planted on rank 0"):
+            ranks.call(on_rank.fail_on, 0, "verification")
+        with pytest.raises(RankError, match="rank 1: KeyError"):
+            ranks.call(on_rank.fail_on, 1, "other")
+        assert ranks.call(on_rank.sum_of_ranks) == [3.0, 3.0]
+
+
+def test_a_rank_that_dies_ends_all_and_is_named():
+    with RankGroup(2) as ranks:
+        with pytest.raises(RankError, match=r"rank 1: the process died with exit code 7"):
+            ranks.call(on_rank.die_on, 1)
+        with pytest.raises(RankError, match="not running"):
+            ranks.call(on_rank.sum_of_ranks)
+
+
+def test_a_rank_that_hangs_ends_all_and_is_named():
+    with RankGroup(2, timeout_s=15.0) as ranks:
+        ranks.timeout_s = 1.0
+        with pytest.raises(RankError, match=r"no answer from rank 1 within 1 s"):
+            ranks.call(on_rank.hang_on, 1)
+
+
+def test_fewer_than_one_rank_is_refused():
+    with pytest.raises(ValueError, match="at least 1, but got 0"):
+        RankGroup(0)
+
+
+def test_parent_modules_import_no_torch():
+    code = (
+        "import sys, nanoflow_tune.runtime.launch, nanoflow_tune.runtime.verify, "
+        "nanoflow_tune.runtime.plan_io, nanoflow_tune.runtime.server; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_serve_says_what_to_use_instead():
+    code = "import sys; from nanoflow_tune.runtime.server import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "nanoflow-tune" in done.stderr
