@@ -212,8 +212,10 @@ def mix_of_rows(kind: str, rows: float, kv_len: float) -> RowMix:
 
 def worst_source(sources: Iterable[Source]) -> Source:
     """The least trustworthy of the sources."""
-    ranks: tuple[Source, ...] = ("measured", "interpolated", "roofline")
-    return max(sources, key=ranks.index, default="measured")
+    found = set(sources)
+    if "roofline" in found:
+        return "roofline"
+    return "interpolated" if "interpolated" in found else "measured"
 
 
 def _profile_kv_len(kind: str, context: float) -> float:

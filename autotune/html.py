@@ -255,7 +255,8 @@ def _table(
 def _certificate(proof: Mapping[str, Any]) -> str:
     """What the solver proved, of its own model of one layer."""
     return (
-        f"{proof['num_tried']} schedules tried. Structure search ({proof['solver']}, {proof['num_binaries']} integers): "
+        f"{proof['num_tried']} schedules tried. Structure search ("
+        f"{proof['solver']}, {proof['num_binaries']} integers): "
         f"{proof['status'].replace('_', ' ')} in {proof['seconds']:.1f} s; one layer takes "
         f"{proof['period_us']:.1f} us in the solver's model, and no choice in it less than "
         f"{proof['bound_us']:.1f} us (gap {100 * proof['gap']:.1f} %)."

@@ -99,8 +99,8 @@ class MeasuringStage:
         return verify_plan(
             plan,
             model,
+            self._case.hardware,
             self._running(),
-            num_sms=self._case.hardware.num_sms,
             make_resources=rank_jobs.resources_for,
             seed=seed,
         )

@@ -230,6 +230,9 @@ class Model:
         """Solve with HiGHS, or CBC where there is none.
 
         Args:
+            time_limit_s: wall clock; nodes are limited in proportion.
+            gap: relative gap at which to stop.
+            seed: of the solver.
             start: a known schedule to improve on (HiGHS only).
         """
         pulp, began = self.pulp, time.perf_counter()
@@ -275,7 +278,7 @@ class Model:
     def _solution(self) -> Solution:
         return Solution(
             split=max(self.splits, key=lambda g: self.y[g].varValue),
-            start=tuple(start.varValue for start in self.start),
+            start=tuple(float(start.varValue or 0.0) for start in self.start),
             share=tuple(max(xs, key=lambda a: xs[a].varValue) for xs in self.x),
         )
 

@@ -1,10 +1,10 @@
 """Building blocks of schedules: nano-batches, macro ops, and a period written down in order.
 
 A macro op is a chain of ops that nothing else touches in between, such as norm -> KQV -> rotary.
-The search places macro ops; a schedule lists their ops. With tensor parallelism a dense layer is
-seven macro ops, without it five:
+The search places macro ops; a schedule lists their ops. A macro op holds at most one GEMM:
 
-    kqv | decode_attention | prefill_attention | o_proj | [all-reduce] | up_gate | down | [all-reduce]
+    kqv | decode_attention | prefill_attention | o_proj | (all-reduce) | up_gate | down |
+    (all-reduce)
 
 Lanes: `compute` for everything that is neither decode attention (`memory`) nor a collective
 (`network`).

@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..runtime.op_graph import OpGraph, RowMix
 from ..runtime.plan import Candidate, Schedule, Timing
 from ..runtime.schedule import IllegalScheduleError, check
-from ..search_spaces.schema import SearchSpace
-from .baselines import PingPongChoice, ping_pong
+from ..search_spaces.schema import RowOrder, SearchSpace
+from .baselines import PingPongChoice, PingPongOrder, ping_pong
 from .cost_model import CostModel
 from .milp_input import lane_shares
 from .patterns import (
@@ -73,7 +73,8 @@ class Family:
         kinds = ["blocks", "interleaved"] + (["milp"] if self.structure else [])
         kind = trial.suggest_categorical("structure", kinds)
         first = trial.suggest_categorical("first_tokens", self.first_tokens())
-        order = trial.suggest_categorical("row_order", list(self.space.row_orders))
+        orders: list[str] = list(self.space.row_orders)
+        order = cast(RowOrder, trial.suggest_categorical("row_order", orders))
         variants = self._variants(trial)
         if kind == "milp":
             return self._from_structure(trial, first, order, variants)
@@ -83,7 +84,7 @@ class Family:
             compute_sms=trial.suggest_categorical("compute_sms", self.shares(COMPUTE)),
             memory_sms=trial.suggest_categorical("memory_sms", self.shares(MEMORY)),
             network_sms=self._network_sms(trial),
-            order=kind,
+            order=cast(PingPongOrder, kind),
             variants=variants,
         )
         return ping_pong(self.graph, self.cost_model, self.mix, choice, "overlapped_refined")
@@ -103,7 +104,11 @@ class Family:
         return chosen
 
     def _from_structure(
-        self, trial: optuna.trial.BaseTrial, first: int, order: Any, variants: Mapping[str, str]
+        self,
+        trial: optuna.trial.BaseTrial,
+        first: int,
+        order: RowOrder,
+        variants: Mapping[str, str],
     ) -> Schedule:
         placed: list[Placed] = []
         for place in self.structure:

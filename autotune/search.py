@@ -20,6 +20,7 @@ from ..runtime.schedule import IllegalScheduleError, check, concurrent_pairs
 from ..search_spaces.schema import HardwareSpec, SearchSpace
 from .baselines import (
     PingPongChoice,
+    PingPongOrder,
     equal_split,
     equal_split_choice,
     nano_only,
@@ -111,9 +112,10 @@ class _Search:
         """Best member of a coarse grid: half splits, all orders and shares that fit."""
         family, found = self.family(), list[tuple[PingPongChoice, Candidate]]()
         half = sorted(family.first_tokens(), key=lambda n: abs(2 * n - self.mix.tokens))[:1]
-        lanes = [family.shares(lane) for lane in (COMPUTE, MEMORY, NETWORK)]
-        for rows, order, compute, memory, network in product(
-            self.space.row_orders, ("blocks", "interleaved"), *lanes
+        orders: tuple[PingPongOrder, ...] = ("blocks", "interleaved")
+        shares = product(*(family.shares(lane) for lane in (COMPUTE, MEMORY, NETWORK)))
+        for (compute, memory, network), rows, order in product(
+            shares, self.space.row_orders, orders
         ):
             if compute + max(memory, network) > self.hardware.num_sms:
                 continue

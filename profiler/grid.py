@@ -60,7 +60,9 @@ class Grid:
         )
 
 
-def solo_points(graph: OpGraph, num_sms: int, variants: Mapping[str, tuple[str, ...]]) -> list[Point]:
+def solo_points(
+    graph: OpGraph, num_sms: int, variants: Mapping[str, tuple[str, ...]]
+) -> list[Point]:
     """Every kernel of the layer at every share, and the epilogue on the whole GPU."""
     points: list[Point] = []
     shares = (*SHARES, num_sms)

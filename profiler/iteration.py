@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -177,10 +178,7 @@ def _take_turn(meter: PowerMeter, executor: Executor, count: int, turn: _Turns) 
         events[count // 2].synchronize()
         clock = meter.sm_clock_mhz
         torch.cuda.synchronize()
-    times = [
-        1e3 * before.elapsed_time(after)
-        for before, after in zip(events, events[1:], strict=False)
-    ]
+    times = [1e3 * before.elapsed_time(after) for before, after in pairwise(events)]
     turn.times_us += times
     turn.turn_medians_us.append(statistics.median(times))
     turn.joules.append(meter.joules / count)

@@ -55,9 +55,7 @@ class ProfileJob:
 def left_to_measure(job: ProfileJob, variants: dict[str, tuple[str, ...]]) -> Grid:
     """The job's grid without what its file and the known files hold."""
     graph = OpGraph.build(job.model, job.tp_degree)
-    grid = make_grid(
-        graph, job.hardware.num_sms, variants, with_collectives=job.tp_degree > 1
-    )
+    grid = make_grid(graph, job.hardware.num_sms, variants, with_collectives=job.tp_degree > 1)
     files = [path for path in (job.path, *job.known) if path.exists()]
     solo = {row.point for path in files for row in read_rows(path)[1]}
     pair_files = [p for p in (path.with_suffix(".pairs.csv") for path in files) if p.exists()]

@@ -111,7 +111,7 @@ def _read(path: Path, columns: Sequence[str]) -> tuple[dict[str, str], list[dict
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as err:
         raise ProfileError(f"cannot read the profile {path}: {err}") from err
-    lines = text.splitlines()
+    lines = text.split("\n")  # splitlines also breaks at form feeds and the like
     head = [line[2:] for line in lines if line.startswith("# ")]
     body = [line for line in lines if line and not line.startswith("#")]
     try:

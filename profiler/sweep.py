@@ -47,7 +47,11 @@ class Sweep:
     """One rank's profiler: owns the timer, the partitions and the operands."""
 
     def __init__(
-        self, hardware: HardwareSpec, meter: PowerMeter, kv_pool_bytes: float, groups: Any = None  # noqa: ANN401
+        self,
+        hardware: HardwareSpec,
+        meter: PowerMeter,
+        kv_pool_bytes: float,
+        groups: Any = None,  # noqa: ANN401
     ) -> None:
         self.hardware = hardware
         self.meter = meter
@@ -83,7 +87,7 @@ class Sweep:
             "gpu": torch.cuda.get_device_name(),
             "driver": self.meter.driver_version,
             "versions": f"python {platform.python_version()}, torch {torch.__version__}, "
-            f"triton {triton.__version__}, nccl {'.'.join(map(str, torch.cuda.nccl.version()))}",
+            f"triton {triton.__version__}, nccl {_nccl_version()}",
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
             "commit": commit,
             "command": command,
@@ -178,6 +182,12 @@ class Sweep:
         )
 
 
+def _nccl_version() -> str:
+    from torch.cuda import nccl
+
+    return ".".join(map(str, nccl.version()))
+
+
 def _failed(point: Point, error: str) -> Row:
     return Row(
         point=point,
@@ -203,6 +213,10 @@ def run_sweep(
     """Measure the solo and pair points that are left, on this rank alone.
 
     Args:
+        sweep: this rank's profiler.
+        left: points to measure.
+        path: `NAME.csv`; rows are appended.
+        header: of new files.
         on_progress: called with (points done, points in all).
     """
     solo = [point for point in left.solo if point.kind != "all_reduce"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -131,8 +132,7 @@ class Timer:
         clock = self.meter.sm_clock_mhz
         events[-1].synchronize()
         times = tuple(
-            1e3 * before.elapsed_time(after) / batch.num_calls
-            for before, after in zip(events, events[1:], strict=False)
+            1e3 * before.elapsed_time(after) / batch.num_calls for before, after in pairwise(events)
         )
         return Samples(times_us=times, sm_clock_mhz=clock)
 
@@ -147,8 +147,7 @@ class Timer:
             event.record()
         events[-1].synchronize()
         times = tuple(
-            1e3 * before.elapsed_time(after) / batch.num_calls
-            for before, after in zip(events, events[1:], strict=False)
+            1e3 * before.elapsed_time(after) / batch.num_calls for before, after in pairwise(events)
         )
         return Samples(times_us=times, sm_clock_mhz=self.meter.sm_clock_mhz)
 
@@ -188,8 +187,7 @@ class Timer:
         for batch, column in zip((a, b), ends, strict=True):
             inside = [time for time in column if time <= until]
             steps = [
-                1e3 * (later - earlier) / batch.num_calls
-                for earlier, later in zip(inside, inside[1:], strict=False)
+                1e3 * (later - earlier) / batch.num_calls for earlier, later in pairwise(inside)
             ]
             medians.append(statistics.median(steps))
         return Together(

@@ -88,7 +88,10 @@ def layout(
     nano_ops = schedule.nano_ops
     meets: dict[Slot, set[Slot]] = {}
     for a, b in concurrent_pairs(schedule, graph):
-        first, second = (nano_ops[a].lane, nano_ops[a].num_sms), (nano_ops[b].lane, nano_ops[b].num_sms)
+        first, second = (
+            (nano_ops[a].lane, nano_ops[a].num_sms),
+            (nano_ops[b].lane, nano_ops[b].num_sms),
+        )
         if first != second:
             meets.setdefault(first, set()).add(second)
             meets.setdefault(second, set()).add(first)
@@ -114,8 +117,8 @@ def layout(
             others = ", ".join(f"{name} on {sms} SMs" for name, sms in sorted(meets.get(slot, ())))
             raise IllegalScheduleError(
                 f"lane {lane} on {share} SMs does not fit beside what can run with it ({others}) "
-                f"on {split.num_groups} groups of {split.granularity} SMs and {split.remainder} left "
-                "over: lower a share"
+                f"on {split.num_groups} groups of {split.granularity} SMs and {split.remainder} "
+                "left over: lower a share"
             )
         placed[slot] = place
     return placed

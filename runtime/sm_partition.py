@@ -179,7 +179,9 @@ class SmPartitions:
         )
         # 1 = CU_GREEN_CTX_DEFAULT_STREAM and CU_STREAM_NON_BLOCKING: enum names changed, the
         # values did not.
-        context = _checked(driver.cuGreenCtxCreate(description, self._device, 1), "cuGreenCtxCreate")
+        context = _checked(
+            driver.cuGreenCtxCreate(description, self._device, 1), "cuGreenCtxCreate"
+        )
         stream = _checked(driver.cuGreenCtxStreamCreate(context, 1, 0), "cuGreenCtxStreamCreate")
         self._contexts.append(context)
         return torch.cuda.ExternalStream(int(stream))

@@ -83,7 +83,9 @@ class Gemm(Protocol):
 
     def __call__(
         self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, out_TN: Tensor, num_sms: int
-    ) -> None: ...
+    ) -> None:
+        """Launch on the current stream."""
+        ...
 
 
 class Norm(Protocol):
@@ -97,7 +99,9 @@ class Norm(Protocol):
         out_TD: Tensor,
         eps: float,
         num_sms: int,
-    ) -> None: ...
+    ) -> None:
+        """Launch on the current stream."""
+        ...
 
 
 class RopeAppend(Protocol):
@@ -117,7 +121,9 @@ class RopeAppend(Protocol):
         v_pages_PGBH: Tensor,
         heads: HeadShape,
         num_sms: int,
-    ) -> None: ...
+    ) -> None:
+        """Launch on the current stream."""
+        ...
 
 
 class DecodeAttention(Protocol):
@@ -135,7 +141,9 @@ class DecodeAttention(Protocol):
         out_TQ: Tensor,
         heads: HeadShape,
         num_sms: int,
-    ) -> None: ...
+    ) -> None:
+        """Launch on the current stream."""
+        ...
 
 
 class PrefillAttention(Protocol):
@@ -150,19 +158,29 @@ class PrefillAttention(Protocol):
         out_TQ: Tensor,
         heads: HeadShape,
         num_sms: int,
-    ) -> None: ...
+    ) -> None:
+        """Launch on the current stream."""
+        ...
 
 
 class SiluMul(Protocol):
     """out_TF = silu(gate) * up, where up_gate_T2F holds up in its first F columns, gate after."""
 
-    def __call__(self, up_gate_T2F: Tensor, out_TF: Tensor, num_sms: int) -> None: ...
+    def __call__(self, up_gate_T2F: Tensor, out_TF: Tensor, num_sms: int) -> None:
+        """Launch on the current stream."""
+        ...
 
 
 class AllReduce(Protocol):
-    """Sum x_TD over the ranks of `group` (a torch ProcessGroup), in place."""
+    """Sum x_TD over the ranks, in place.
 
-    def __call__(self, x_TD: Tensor, group: Any, num_sms: int) -> None: ...
+    `group` is what `Resources.groups` holds for the lane: a ProcessGroup on a CPU, on CUDA the
+    lane's communicators by variant.
+    """
+
+    def __call__(self, x_TD: Tensor, group: Any, num_sms: int) -> None:  # noqa: ANN401
+        """Launch on the current stream."""
+        ...
 
 
 Kernel = Callable[..., None]
@@ -196,7 +214,11 @@ def register(kind: OpKind, name: str, device_type: str) -> Callable[[Kernel], Ke
 
 def variants(kind: OpKind, device_type: str) -> tuple[str, ...]:
     """Names of the variants of a kind, in the order they were registered."""
-    return tuple(v.name for v in _VARIANTS.values() if (v.kind, v.device_type) == (kind, device_type))
+    return tuple(
+        variant.name
+        for variant in _VARIANTS.values()
+        if (variant.kind, variant.device_type) == (kind, device_type)
+    )
 
 
 def kernel(kind: OpKind, name: str, device_type: str) -> Kernel:

@@ -154,9 +154,7 @@ def decode_attention(
     num_sms: int,
 ) -> None:
     """Each decode row attends to its own request's keys."""
-    launch_decode(
-        DECODE_TILE, qkv_TC, k_pages_PGBH, v_pages_PGBH, rows, out_TQ, heads, num_sms
-    )
+    launch_decode(DECODE_TILE, qkv_TC, k_pages_PGBH, v_pages_PGBH, rows, out_TQ, heads, num_sms)
 
 
 @triton.jit
@@ -261,12 +259,42 @@ def _prefill_attention(  # noqa: ANN202
         end_position = min(position_start + num_rows, first_position + ROWS)
         full_keys = ((first_position + 1) // KEYS) * KEYS
         accumulator, peak, total = _attend(
-            accumulator, peak, total, q, positions, table, k_pages_ptr, v_pages_ptr,
-            head_offset, stride_page, 0, full_keys, scale, H, PAGE, KEYS, False,
+            accumulator,
+            peak,
+            total,
+            q,
+            positions,
+            table,
+            k_pages_ptr,
+            v_pages_ptr,
+            head_offset,
+            stride_page,
+            0,
+            full_keys,
+            scale,
+            H,
+            PAGE,
+            KEYS,
+            False,
         )
         accumulator, peak, total = _attend(
-            accumulator, peak, total, q, positions, table, k_pages_ptr, v_pages_ptr,
-            head_offset, stride_page, full_keys, end_position, scale, H, PAGE, KEYS, True,
+            accumulator,
+            peak,
+            total,
+            q,
+            positions,
+            table,
+            k_pages_ptr,
+            v_pages_ptr,
+            head_offset,
+            stride_page,
+            full_keys,
+            end_position,
+            scale,
+            H,
+            PAGE,
+            KEYS,
+            True,
         )
         out = accumulator / total[:, None]
         tl.store(

@@ -113,4 +113,3 @@ def _variant(tile: Tile) -> Callable[..., None]:
 
 for _tile in TILES:
     register("gemm", _tile.name, "cuda")(_variant(_tile))
-

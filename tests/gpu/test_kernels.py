@@ -202,15 +202,14 @@ def test_rope_append_rotates_and_writes_the_slots():
     qkv = randn(3, width, seed=11)
     before = qkv.double().clone()
     half = heads.head_dim // 2
-    angles = torch.arange(64, device=DEVICE)[:, None] * torch.logspace(
-        0, -3, half, device=DEVICE
-    )
+    angles = torch.arange(64, device=DEVICE)[:, None] * torch.logspace(0, -3, half, device=DEVICE)
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=-1).float()
     positions = torch.tensor([0, 5, 63], device=DEVICE, dtype=torch.int32)
     slots = torch.tensor([3, 40, 17], device=DEVICE, dtype=torch.int32)
     pages = [
-        torch.full((4, heads.num_kv_heads, PAGE, heads.head_dim), float("nan"), device=DEVICE)
-        .to(DTYPE)
+        torch.full((4, heads.num_kv_heads, PAGE, heads.head_dim), float("nan"), device=DEVICE).to(
+            DTYPE
+        )
         for _ in range(2)
     ]
     rope_append(qkv, positions, slots, cos_sin, pages[0], pages[1], heads, 132)
@@ -218,7 +217,10 @@ def test_rope_append_rotates_and_writes_the_slots():
     x = before[:, : heads.qo_size + heads.kv_size].view(3, -1, heads.head_dim)
     first, second = x.chunk(2, dim=-1)
     rotated = torch.cat(
-        [first * cos[:, None] - second * sin[:, None], second * cos[:, None] + first * sin[:, None]],
+        [
+            first * cos[:, None] - second * sin[:, None],
+            second * cos[:, None] + first * sin[:, None],
+        ],
         dim=-1,
     ).flatten(1)
     assert relative_error(qkv[:, : heads.qo_size + heads.kv_size], rotated) < tolerance()

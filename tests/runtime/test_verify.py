@@ -147,5 +147,5 @@ def test_a_forgotten_dependency_is_caught_by_random_orders(here, monkeypatch, op
     # A lane for every op: lane order must not hide what is missing.
     nano_ops = tuple(replace(o, lane=f"{o.op}{o.tokens}") for o in SPLIT.nano_ops)
     case = cpu_case(MODEL, replace(SPLIT, nano_ops=nano_ops))
-    with pytest.raises(VerificationError, match="in random legal order . gives other bits"):
+    with pytest.raises(VerificationError, match=r"in random legal order . gives other bits"):
         verify_schedule(here, replace(case, num_random_orders=6))
