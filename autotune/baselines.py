@@ -23,6 +23,7 @@ from .patterns import (
     NETWORK,
     Placed,
     build_schedule,
+    legal_shares,
     macro_ops,
     split_batches,
     total_tokens,
@@ -102,11 +103,9 @@ def equal_split_choice(
 
 def half_shares(hardware: HardwareSpec, space: SearchSpace) -> tuple[int, int, int]:
     """Compute, memory and network shares closest to half and half."""
-    half = hardware.num_sms / 2
-    small = [share for share in space.sm_shares if share <= half] or [hardware.sm_granularity]
-    memory = max(small)
-    network = max((s for s in space.network_sm_shares if s <= memory), default=memory)
-    return hardware.num_sms - memory, memory, network
+    memory = legal_shares(MEMORY, hardware, space)[-1]
+    network = [s for s in legal_shares(NETWORK, hardware, space) if s <= memory]
+    return hardware.num_sms - memory, memory, max(network, default=memory)
 
 
 def ping_pong(
@@ -134,6 +133,7 @@ def ping_pong(
 
 
 def _halves(tokens: int, granularity: int = 1) -> tuple[int, int]:
+    granularity = granularity if 2 * granularity <= tokens else 1
     first = max(granularity, round(tokens / 2 / granularity) * granularity)
     return first, tokens - first
 

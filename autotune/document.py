@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from ..runtime.op_graph import OpGraph
 from ..runtime.plan import Bucket, Candidate
 from .report import Report, caveats, next_step, verdict
+from .search import overlaps
 
 REQUIRED_KEYS = (
     "plan",
@@ -49,6 +51,7 @@ def document(report: Report) -> dict[str, Any]:
         "reasons": caveats(report),
         "profile": report.profile,
         "optimal_reference": asdict(report.gemm_peak),
+        "power_limit_error": _digits(report.power_limit_error),
         "prediction_error": _prediction_error(report.bucket.winner),
         "workload": report.plan.workload,
         "batch": _batch(report),
@@ -115,7 +118,7 @@ def race_table(values: Mapping[str, Any]) -> Any:  # noqa: ANN401
         table.add_row(
             row["name"].replace("_", " ") + (" *" if row["is_winner"] else ""),
             str(row["num_nano_batches"]),
-            str(row["num_lanes"]),
+            lanes(row),
             f"{row['period_us'] / 1e3:.3f}",
             f"{row['speedup']:.3f}x",
             f"{tokens_per_s:,.0f}",
@@ -123,6 +126,12 @@ def race_table(values: Mapping[str, Any]) -> Any:  # noqa: ANN401
             style="bold" if row["is_winner"] else "",
         )
     return table
+
+
+def lanes(row: Mapping[str, Any]) -> str:
+    """How many lanes a row of the race has, and whether they ever run at once."""
+    in_turn = row["num_lanes"] > 1 and not row["is_concurrent"]
+    return f"{row['num_lanes']} in turn" if in_turn else str(row["num_lanes"])
 
 
 def _race_row(report: Report, candidate: Candidate) -> dict[str, Any]:
@@ -133,6 +142,7 @@ def _race_row(report: Report, candidate: Candidate) -> dict[str, Any]:
         "name": schedule.name,
         "num_nano_batches": len(schedule.nano_batches),
         "num_lanes": len(schedule.lanes),
+        "is_concurrent": overlaps(schedule, OpGraph.build(report.model, report.plan.num_gpus)),
         "period_us": round(timing.period_us, 1),
         "p10_us": round(timing.p10_us, 1),
         "p90_us": round(timing.p90_us, 1),

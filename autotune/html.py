@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from .document import lanes
 from .page_template import PAGE
 
 Cell = str | int | float | None
@@ -106,7 +107,7 @@ def _race(values: Mapping[str, Any]) -> str:
         (
             row["name"].replace("_", " "),
             row["num_nano_batches"],
-            row["num_lanes"],
+            lanes(row),
             f"{row['period_us'] / 1e3:.3f}",
             f"{row['speedup']:.3f}x",
             f"{row['joules_per_token'] * 1e3:.1f}",
@@ -117,7 +118,10 @@ def _race(values: Mapping[str, Any]) -> str:
         for row in values["race"]
     ]
     winners = [row["is_winner"] for row in values["race"]]
-    note = "Sequential may use every kernel that any plan may; speedup is against it."
+    note = (
+        "The best of each kind. Sequential may use every kernel that any plan may; speedup is "
+        "against it. Lanes in turn never run at once: such a plan splits, but does not overlap."
+    )
     if values["prediction_error"] is not None:
         note += f" Predicted against measured, winner: {100 * values['prediction_error']:+.1f} %."
     table = _table((*heads, "source"), rows, winners=winners)
@@ -130,7 +134,8 @@ def _bounds(values: Mapping[str, Any]) -> str:
         ("lower bound: largest of compute, memory, network at peaks", values["lower_bound_us"])
     ]
     if values["power_limit_us"]:
-        bounds.append(("power limit: joules against the cap (estimate)", values["power_limit_us"]))
+        error = f"within {100 * values['power_limit_error']:.0f} %"
+        bounds.append((f"power limit: joules at the cap, {error}", values["power_limit_us"]))
     rows = [(name, f"{us / 1e3:.3f}", f"{100 * us / period_us:.1f} %") for name, us in bounds]
     text = f"{values['bound'].capitalize()} binds. {_certificate(values['certificate'])}"
     reference = values["optimal_reference"]

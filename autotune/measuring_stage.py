@@ -81,7 +81,7 @@ class MeasuringStage:
         return load_profile([*shipped, *([path] if path.exists() else [])])
 
     def measure(
-        self, schedules: Sequence[Schedule], *, rounds: int = 2, turn_s: float = 0.4
+        self, schedules: Sequence[Schedule], *, rounds: int = 2, turn_s: float = 0.6
     ) -> list[Timing]:
         """Time whole iterations in interleaved turns, on all GPUs at once.
 

@@ -15,10 +15,10 @@ from itertools import pairwise
 
 from ..runtime.op_graph import Op, OpGraph, RowMix
 from ..runtime.plan import NanoBatch
-from ..search_spaces.schema import RowOrder, SearchSpace
+from ..search_spaces.schema import HardwareSpec, RowOrder, SearchSpace
 from .bounds import power_floor_us
 from .cost_model import CostModel
-from .patterns import COMPUTE, NETWORK, MacroOp, batch_mix, lane_of, macro_ops, split_batches
+from .patterns import COMPUTE, MacroOp, batch_mix, lane_of, legal_shares, macro_ops, split_batches
 from .simulator import SYNC_US
 
 MAX_FIRST_SIZES = 7
@@ -109,14 +109,11 @@ def _compositions(total: int, step: int, count: int) -> list[tuple[int, ...]]:
     return found
 
 
-def lane_shares(lane: str, num_sms: int, space: SearchSpace) -> tuple[int, ...]:
-    """Shares offered to a lane, evenly thinned out, and the whole GPU."""
-    offered = space.network_sm_shares if lane == NETWORK else space.sm_shares
-    if lane == COMPUTE:
-        kept = [share for share in sorted(offered) if 2 * share >= num_sms][-MAX_COMPUTE_SHARES:]
-    else:
-        kept = [share for share in sorted(offered) if 2 * share <= num_sms][:MAX_SIDE_SHARES]
-    return (*kept, num_sms)
+def lane_shares(lane: str, hardware: HardwareSpec, space: SearchSpace) -> tuple[int, ...]:
+    """Shares offered to a lane: the largest for compute, the smallest beside it, and all SMs."""
+    legal = legal_shares(lane, hardware, space)
+    kept = legal[-MAX_COMPUTE_SHARES:] if lane == COMPUTE else legal[:MAX_SIDE_SHARES]
+    return (*kept, hardware.num_sms)
 
 
 def build_instance(
@@ -125,7 +122,8 @@ def build_instance(
     """Look up every duration that the MILP may need."""
     macros, num_sms = macro_ops(graph), cost_model.hardware.num_sms
     num_batches = len(splits[0].sizes)
-    shares = {lane: lane_shares(lane, num_sms, space) for lane in {m.lane for m in macros}}
+    hardware = cost_model.hardware
+    shares = {m.lane: lane_shares(m.lane, hardware, space) for m in macros}
     duration_us: dict[tuple[int, int, int], float] = {}
     floors_us: list[float] = []
     for split_index, split in enumerate(splits):

@@ -20,10 +20,25 @@ from itertools import accumulate
 from ..runtime.op_graph import Dependency, Op, OpGraph, RowMix
 from ..runtime.plan import Lane, NanoBatch, NanoOp, Schedule
 from ..runtime.schedule import serialize_conflicts
-from ..search_spaces.schema import RowOrder
+from ..search_spaces.schema import HardwareSpec, RowOrder, SearchSpace
 from .cost_model import CostModel
 
 COMPUTE, MEMORY, NETWORK = "compute", "memory", "network"
+
+
+def legal_shares(lane: Lane, hardware: HardwareSpec, space: SearchSpace) -> list[int]:
+    """Shares of the space that this GPU can make, for a lane that runs beside others.
+
+    At least half of the SMs on the compute lane, at most half on the others; the half itself,
+    rounded to the granularity, where the space offers none.
+    """
+    total, step = hardware.num_sms, hardware.sm_granularity
+    offered = space.network_sm_shares if lane == NETWORK else space.sm_shares
+    legal = [s for s in sorted(offered) if s < total and (s % step == 0 or (total - s) % step == 0)]
+    side = max(step, total // 2 // step * step)
+    if lane == COMPUTE:
+        return [s for s in legal if 2 * s >= total] or [total - side]
+    return [s for s in legal if 2 * s <= total] or [side]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,13 +18,13 @@ from ..runtime.schedule import IllegalScheduleError, check
 from ..search_spaces.schema import RowOrder, SearchSpace
 from .baselines import PingPongChoice, PingPongOrder, ping_pong
 from .cost_model import CostModel
-from .milp_input import lane_shares
 from .patterns import (
     COMPUTE,
     MEMORY,
     NETWORK,
     Placed,
     build_schedule,
+    legal_shares,
     macro_ops,
     split_batches,
     total_tokens,
@@ -54,15 +54,12 @@ class Family:
 
     def shares(self, lane: str) -> list[int]:
         """Shares a lane may take beside other lanes."""
-        total = self.cost_model.hardware.num_sms
-        offered = self.space.network_sm_shares if lane == NETWORK else self.space.sm_shares
-        kept = [s for s in sorted(offered) if (2 * s >= total) == (lane == COMPUTE)]
-        return kept or list(lane_shares(lane, total, self.space))
+        return legal_shares(lane, self.cost_model.hardware, self.space)
 
     def first_tokens(self) -> list[int]:
         """Places for the boundary of two nano-batches."""
-        step = self.space.token_granularity
-        return list(range(step, total_tokens(self.mix), step))
+        step, total = self.space.token_granularity, total_tokens(self.mix)
+        return list(range(step, total, step)) or [total // 2]
 
     def schedule(self, trial: optuna.trial.BaseTrial) -> Schedule:
         """The schedule of a trial's parameters.

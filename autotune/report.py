@@ -41,6 +41,8 @@ class Report:
     gemm_peak: GemmPeak
     profile: str
     """Which profile, from where."""
+    power_limit_error: float = 0.0
+    """Relative error of the energy model behind `power_limit_us`."""
     provenance: Mapping[str, str] = field(default_factory=dict[str, str])
     """Hashes, versions, seed, profile header."""
     reasons: tuple[str, ...] = ()
@@ -69,23 +71,30 @@ class Report:
         records = self.bucket.verification
         return all(record.passed for record in records) if records else None
 
+    @property
+    def unmeasured_ops(self) -> tuple[str, ...]:
+        """Ops of the shown schedules whose times come from the datasheet."""
+        rows = [row for table in self.op_tables.values() for row in table]
+        return tuple(dict.fromkeys(row.op for row in rows if row.source == "roofline"))
+
     def timing(self, candidate: Candidate) -> Timing:
         """Measured when the job is, so that like is compared with like."""
         return candidate.best_known if self.is_measured else candidate.predicted
 
 
 def verdict(report: Report) -> str:
-    """What won, by how much, and how that is known, in two sentences."""
+    """What won, by how much, and how that is known, in two or three sentences."""
     bucket = report.bucket
     sequential_us = report.timing(bucket.sequential).period_us
     overlapped_us = report.timing(bucket.best_overlapped).period_us
-    how = "measured" if report.is_measured else f"predicted from {report.profile}, not measured"
+    how = _how_it_is_known(report)
     if report.is_sequential:
         ratio = sequential_us / overlapped_us
-        return (
+        text = (
             f"Run the sequential plan: {_ms(sequential_us)} an iteration. The best overlapped plan "
             f"takes {_ms(overlapped_us)} ({ratio:.3f}x), so overlap does not pay here; {how}."
         )
+        return text + _power_doubt(report, "expect it to take longer")
     won_us = report.timing(bucket.winner).period_us
     name = bucket.winner.schedule.name.replace("_", " ")
     text = (
@@ -94,18 +103,31 @@ def verdict(report: Report) -> str:
     )
     if overlapped_us != won_us:
         text += f" The best overlapped plan takes {_ms(overlapped_us)}."
-    return text + _power_doubt(report)
+    return text + _power_doubt(report, "expect less of a gain, or none")
 
 
-def _power_doubt(report: Report) -> str:
-    """What the power cap makes of a predicted gain, when the prediction does not know the cap."""
-    limit_us, cap_w = report.bucket.power_limit_us, report.hardware.power_cap_w
-    if report.is_measured or report.timing(report.bucket.winner).period_us >= limit_us:
+def _how_it_is_known(report: Report) -> str:
+    if report.is_measured:
+        return "measured"
+    source = report.profile
+    if report.unmeasured_ops and not source.endswith("(roofline)"):
+        source += f" and, for {', '.join(report.unmeasured_ops)}, the datasheet"
+    return f"predicted from {source}, not measured"
+
+
+def _power_doubt(report: Report, expect: str) -> str:
+    """What the power cap makes of a prediction that does not know it, beyond the model's error."""
+    least_us = report.bucket.power_limit_us * (1 - report.power_limit_error)
+    if report.is_measured or report.timing(report.bucket.winner).period_us >= least_us:
         return ""
-    return (
-        f" But the joules of this batch take about {_ms(limit_us)} under the {cap_w:.0f} W cap, in "
-        "any plan: expect less of a gain, or none."
-    )
+    return f" That is below what the power cap allows ({_power_limit(report)}): {expect}."
+
+
+def _power_limit(report: Report) -> str:
+    text = f"about {_ms(report.bucket.power_limit_us)}"
+    if report.power_limit_error:
+        text += f" within {report.power_limit_error:.0%}"
+    return f"{text} at {report.hardware.power_cap_w:.0f} W"
 
 
 def next_step(report: Report) -> str:
@@ -114,17 +136,15 @@ def next_step(report: Report) -> str:
     first = ""
     if report.timing(bucket.winner).source == "roofline":
         first = (
-            f"Roofline times flatter every kernel: profile the card with `nanoflow-tune profile "
-            f"--gpu {hardware.name} --model {report.model.name}`. "
+            f"Datasheet times flatter every kernel: `nanoflow-tune profile --gpu {hardware.name} "
+            f"--model {report.model.name}` measures them on the card. "
         )
     elif not report.is_measured:
         gpus = f"{report.plan.num_gpus} x {hardware.device_name}"
         first = f"Run the same command on {gpus} to measure it. "
     floor = f"No plan beats {_ms(bucket.lower_bound_us)} at the hardware's peaks"
     if bucket.power_limit_us > 0:
-        floor += (
-            f", or about {_ms(bucket.power_limit_us)} under the {hardware.power_cap_w:.0f} W cap"
-        )
+        floor += f", or {_power_limit(report)}"
     return f"{first}{floor}. {bucket.bound.capitalize()} binds: {_LIFTS[bucket.bound]}."
 
 

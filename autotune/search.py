@@ -132,6 +132,9 @@ class _Search:
             )
             timing = predict(schedule, self.graph, self.cost_model, self.mix)
             found.append((choice, Candidate(schedule=schedule, predicted=timing)))
+        if not found:
+            choice = equal_split_choice(self.graph, self.mix, self.hardware, self.space)
+            return choice, self.tried[-1]
         best = min(found, key=lambda pair: pair[1].predicted.period_us)
         self.tried.append(best[1])
         return best
@@ -197,15 +200,28 @@ class _Search:
             enqueue=enqueue,
             measure=self.measure,
         )
+        self.measure_final()
+
+    def measure_final(self) -> None:
+        """Sequential and the fastest few, once more, in one run: they decide who wins."""
+        measured = [c for c in distinct(self.tried) if c.measured is not None]
+        base = next(c for c in measured if c.schedule.name == "sequential")
+        others = [c for c in measured if c is not base]
+        others.sort(key=lambda candidate: candidate.best_known.period_us)
+        overlapped = [c for c in others if c.schedule.is_overlapped]
+        self._measure(distinct([base, *others[:2], *overlapped[:3]]))
 
     def measure_race(self) -> None:
         """Measure every named schedule and the best few refined ones, together."""
-        assert self.measure is not None
         race = distinct(self.tried)
         refined = [c for c in race if c.schedule.name == "overlapped_refined"]
         refined.sort(key=lambda candidate: candidate.predicted.period_us)
         named = [c for c in race if c.schedule.name != "overlapped_refined"]
         chosen = named + refined[:MEASURED_FROM_SIMULATOR]
+        self._measure(chosen)
+
+    def _measure(self, chosen: Sequence[Candidate]) -> None:
+        assert self.measure is not None
         self.on_progress(f"measuring {len(chosen)} schedules on the GPU")
         timings = self.measure([candidate.schedule for candidate in chosen])
         self.tried += [

@@ -229,6 +229,7 @@ def _report(
         },
         gemm_peak=gemm_peak(chosen.profile, job.hardware, job.model.torch_dtype),
         profile=chosen.title,
+        power_limit_error=cost_model.energy.relative_error if cost_model.energy else 0.0,
         provenance=provenance(plan.inputs, chosen.profile, settings),
         reasons=job.reasons,
         commit=commit(),

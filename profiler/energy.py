@@ -3,7 +3,9 @@
     joules = static_w x time + a x FLOPs + b x memory bytes + c x link bytes
 
 static_w is measured once per run (a spinning warp at full clocks); a, b, c are least squares over
-the rows whose joules were read from the energy counter.
+the whole-GPU rows whose joules were read from the energy counter: those run at the clocks that the
+power cap allows. Kernels alone on a small share run at higher clocks and voltage and take up to
+half as much again per FLOP; they would not beside others.
 """
 
 from __future__ import annotations
@@ -55,8 +57,13 @@ def prefill_keys(point: Point) -> float:
 
 
 def fit_energy(profile: Profile, static_w: float) -> EnergyModel | None:
-    """Least squares over rows with measured joules; None when there are fewer than 8."""
-    rows = [row for row in profile.usable_rows if row.joules_source == "measured"]
+    """Least squares over whole-GPU rows with measured joules; None when there are fewer than 8."""
+    num_sms = max((row.point.num_sms for row in profile.rows), default=0)
+    rows = [
+        row
+        for row in profile.usable_rows
+        if row.joules_source == "measured" and row.point.num_sms == num_sms
+    ]
     if len(rows) < 8:
         return None
     costs = np.array([point_costs(row.point) for row in rows])
@@ -73,7 +80,7 @@ def fit_energy(profile: Profile, static_w: float) -> EnergyModel | None:
         joules_per_flop=float(coefficients[0]),
         joules_per_byte=float(coefficients[1]),
         joules_per_link_byte=float(coefficients[2]),
-        relative_error=statistics.median(np.abs(fitted - measured) / measured),
+        relative_error=float(statistics.median(np.abs(fitted - measured) / measured)),
     )
 
 

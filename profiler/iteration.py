@@ -9,6 +9,7 @@ Runs on every tensor-parallel rank (module-level functions for `runtime.launch.R
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -194,8 +195,14 @@ def _timing(turn: _Turns) -> Timing:
         source="measured",
         p10_us=ordered[len(ordered) // 10],
         p90_us=ordered[len(ordered) * 9 // 10],
-        joules=statistics.mean(turn.joules),
-        watts=statistics.mean(turn.watts),
+        joules=_mean_of_known(turn.joules),
+        watts=_mean_of_known(turn.watts),
         sm_clock_mhz=statistics.mean(turn.clocks_mhz),
         turn_spread=(max(turn.turn_medians_us) - min(turn.turn_medians_us)) / median,
     )
+
+
+def _mean_of_known(values: list[float]) -> float:
+    """Mean without nan (a turn too short for the energy counter); 0 when nothing is known."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.mean(known) if known else 0.0

@@ -5,9 +5,13 @@ NVML's total energy counter advances only every 20 to 100 ms: measure joules ove
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
+
+_POLL_S = 0.002
 
 
 class EnergyCounterMissingError(RuntimeError):
@@ -15,7 +19,11 @@ class EnergyCounterMissingError(RuntimeError):
 
 
 class PowerMeter:
-    """Reads one GPU. Use as a context manager to get watts and joules of the enclosed time."""
+    """Reads one GPU. Used as a context manager it gives watts and joules of the enclosed time.
+
+    The counter stands still between its updates, so a thread watches it and the watts are the
+    slope between the first and the last update seen; joules are watts x enclosed time.
+    """
 
     def __init__(self, device_index: int) -> None:
         import pynvml
@@ -23,7 +31,10 @@ class PowerMeter:
         self._nvml: Any = pynvml
         pynvml.nvmlInit()
         self._handle = pynvml.nvmlDeviceGetHandleByIndex(device_index)
-        self._start_j = self._start_s = 0.0
+        self._updates: list[tuple[float, float]] = []
+        self._stop = threading.Event()
+        self._watcher: threading.Thread | None = None
+        self._start_s = 0.0
         self.joules = self.watts = 0.0
 
     @property
@@ -66,8 +77,20 @@ class PowerMeter:
         running = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
         return sum(process.pid != os.getpid() for process in running)
 
+    def _watch(self) -> None:
+        last = self.total_joules
+        while not self._stop.wait(_POLL_S):
+            now = self.total_joules
+            if now != last:
+                self._updates.append((time.perf_counter(), now))
+                last = now
+
     def __enter__(self) -> PowerMeter:
-        self._start_j, self._start_s = self.total_joules, time.perf_counter()
+        self._updates, self._start_s = [], time.perf_counter()
+        _ = self.total_joules  # a missing counter is an error here, not in the thread
+        self._stop.clear()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
         return self
 
     def __exit__(
@@ -76,5 +99,17 @@ class PowerMeter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.joules = self.total_joules - self._start_j
-        self.watts = self.joules / (time.perf_counter() - self._start_s)
+        elapsed_s = time.perf_counter() - self._start_s
+        self._stop.set()
+        assert self._watcher is not None
+        self._watcher.join()
+        self.watts = slope(self._updates)
+        self.joules = self.watts * elapsed_s
+
+
+def slope(updates: Sequence[tuple[float, float]]) -> float:
+    """Watts between the first and the last (seconds, joules); nan with fewer than two."""
+    if len(updates) < 2:
+        return float("nan")
+    (first_s, first_j), (last_s, last_j) = updates[0], updates[-1]
+    return (last_j - first_j) / (last_s - first_s)

@@ -164,7 +164,9 @@ class Verification:
     num_ranks: int
     dtype: Dtype
     max_relative_error: float
-    """Largest ||a-b|| / ||b|| over all layers' outputs and ranks."""
+    """Planned against sequential run: largest ||a-b|| / ||b|| of a layer's output, all ranks."""
+    max_reference_error: float
+    """Sequential run against a plain reference in higher precision, likewise."""
     tolerance: float
     orders_checked: int
     """Plan order plus random legal orders that were run."""

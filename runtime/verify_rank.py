@@ -92,7 +92,7 @@ def verify_on_rank(
     setting = _setting(ctx, case, make_resources or default_resources)
     tolerance = TOLERANCE[case.model.torch_dtype]
     sequential = _observed(setting.executor(case.sequential))
-    _compare_with_reference(setting, sequential, tolerance)
+    reference_error = _compare_with_reference(setting, sequential, tolerance)
     executor = setting.executor(case.schedule)
     _poison(executor)
     audit(executor, ctx.rank)  # first: it names the nano-op that is at fault
@@ -108,6 +108,7 @@ def verify_on_rank(
         num_ranks=ctx.world_size,
         dtype=case.model.torch_dtype,
         max_relative_error=worst,
+        max_reference_error=reference_error,
         tolerance=tolerance,
         orders_checked=orders,
     )
@@ -211,7 +212,7 @@ def _observed(executor: Executor, run: Callable[[Observe], None] | None = None) 
     )
 
 
-def _compare_with_reference(setting: _Setting, sequential: _Outputs, tolerance: float) -> None:
+def _compare_with_reference(setting: _Setting, sequential: _Outputs, tolerance: float) -> float:
     is_cuda = setting.weights.device.type == "cuda"
     has_tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -222,7 +223,7 @@ def _compare_with_reference(setting: _Setting, sequential: _Outputs, tolerance: 
         dtype=torch.float32 if is_cuda else torch.float64,
     )
     torch.backends.cuda.matmul.allow_tf32 = has_tf32
-    _compare(
+    return _compare(
         sequential,
         reference.layer_outputs_TD,
         reference.logits_RV,

@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
 from nanoflow_tune.autotune.bounds import lower_bound_us, power_limit_us, what_binds
 from nanoflow_tune.autotune.cost_model import H200_ENERGY
 

@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 
 import pytest
+
 from nanoflow_tune.autotune.cost_model import CostModel, mix_of_rows
 from nanoflow_tune.autotune.roofline import op_of_shape, roofline_us
 from nanoflow_tune.profiler.profile import Profile

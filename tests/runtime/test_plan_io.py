@@ -56,6 +56,7 @@ def make_plan(overlapped=None):
                 num_ranks=1,
                 dtype="float32",
                 max_relative_error=1e-7,
+                max_reference_error=1e-6,
                 tolerance=1e-5,
                 orders_checked=4,
             ),

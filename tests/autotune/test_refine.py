@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import optuna
+import pytest
+
+from nanoflow_tune.autotune.baselines import equal_split, equal_split_choice
+from nanoflow_tune.autotune.cost_model import CostModel
+from nanoflow_tune.autotune.refine import Family, placed_of, refine, study_name
+from nanoflow_tune.autotune.simulator import predict
+from nanoflow_tune.runtime.plan import Schedule, Timing
+from nanoflow_tune.runtime.schedule import check
+
+from .fakes import MIX, graph_of, h200, linear_profile, quick_space
+
+GRAPH = graph_of("llama3-8b")
+COSTS = CostModel(linear_profile(GRAPH), h200())
+SPACE = quick_space()
+EQUAL = equal_split(GRAPH, COSTS, MIX, SPACE)
+
+
+def family(**changes: object) -> Family:
+    fields: dict[str, object] = {"graph": GRAPH, "cost_model": COSTS, "space": SPACE, "mix": MIX}
+    return Family(**{**fields, **changes})  # pyright: ignore[reportArgumentType]
+
+
+def first_trial() -> list[dict[str, object]]:
+    return [family().parameters(equal_split_choice(GRAPH, MIX, h200(), SPACE))]
+
+
+def test_what_is_enqueued_is_tried_first_and_nothing_returned_is_illegal():
+    candidates = refine(family(), trials=25, seed=1, enqueue=first_trial())
+    assert candidates[0].schedule.nano_ops == EQUAL.nano_ops
+    for candidate in candidates:
+        check(candidate.schedule, GRAPH, 132, 8)
+        assert candidate.predicted == predict(candidate.schedule, GRAPH, COSTS, MIX)
+    best = min(candidates, key=lambda c: c.predicted.period_us)
+    assert best.predicted.period_us < candidates[0].predicted.period_us
+
+
+def test_a_structure_is_reproduced_exactly_by_its_own_parameters():
+    around = family(structure=placed_of(EQUAL, GRAPH))
+    parameters = around.structure_parameters(EQUAL)
+    assert parameters["structure"] == "milp"
+    (candidate,) = refine(around, trials=1, seed=0, enqueue=[parameters])
+    assert candidate.schedule.nano_ops == EQUAL.nano_ops
+
+
+def test_the_same_seed_gives_the_same_trials():
+    runs = [refine(family(), trials=15, seed=3, enqueue=first_trial()) for _ in range(2)]
+    assert runs[0] == runs[1]
+    assert runs[0] != refine(family(), trials=15, seed=4, enqueue=first_trial())
+
+
+def test_a_killed_study_resumes_and_a_changed_space_starts_anew(tmp_path: Path):
+    storage = f"sqlite:///{tmp_path}/search.db"
+    part = refine(family(), trials=6, seed=0, storage=storage, enqueue=first_trial())
+    whole = refine(family(), trials=10, seed=0, storage=storage, enqueue=first_trial())
+    assert whole[: len(part)] == part
+    study = optuna.load_study(study_name=study_name(family(), 0, "simulator"), storage=storage)
+    assert len(study.trials) == 10
+    other = family(space=quick_space(sm_shares=(32, 100)))
+    assert study_name(other, 0, "simulator") != study.study_name
+
+
+def test_an_illegal_trial_fails_with_its_reason(tmp_path: Path):
+    storage = f"sqlite:///{tmp_path}/search.db"
+    space = quick_space(sm_shares=(30, 100))
+    broken = family(space=space)
+    choice = equal_split_choice(GRAPH, MIX, h200(), space)
+    parameters = broken.parameters(choice) | {"memory_sms": 30, "compute_sms": 100}
+    assert refine(broken, trials=1, seed=0, storage=storage, enqueue=[parameters]) == ()
+    study = optuna.load_study(study_name=study_name(broken, 0, "simulator"), storage=storage)
+    assert study.trials[0].state == optuna.trial.TrialState.FAIL
+    assert "a share must be a multiple of 8" in study.trials[0].user_attrs["reason"]
+
+
+def test_on_hardware_the_measured_time_decides_and_variants_are_free():
+    seen: list[int] = []
+
+    def measure(schedules: Sequence[Schedule]) -> list[Timing]:
+        seen.append(len(schedules))
+        return [
+            Timing(period_us=1000.0 + s.nano_batches[0].num_tokens, source="measured")
+            for s in schedules
+        ]
+
+    candidates = refine(
+        family(is_variant_free=True), trials=8, seed=0, enqueue=first_trial(), measure=measure
+    )
+    assert sum(seen) == len(candidates) == 8
+    assert all(c.measured is not None for c in candidates)
+    variants = {n.variant for c in candidates for n in c.schedule.nano_ops if n.op == "kqv"}
+    assert variants == {"cublas", "triton_128x128"}
+
+
+@pytest.mark.parametrize("row_order", ["decodes_first", "interleaved"])
+def test_a_single_row_order_is_kept(row_order: str):
+    space = quick_space(row_orders=(row_order,))
+    for candidate in refine(family(space=space), trials=5, seed=0):
+        first = candidate.schedule.nano_batches[0]
+        halves = first.decode_tokens * 2 == first.num_tokens
+        assert halves == (row_order == "interleaved") or first.num_tokens == 2048
