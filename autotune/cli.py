@@ -98,9 +98,10 @@ def _verify(options: argparse.Namespace) -> int:
     if not options.json:
         for record in values["verification"]:
             print(
-                f"passed: {record['model']}, {record['num_layers']} layers, {record['num_ranks']} "
-                f"rank(s) on {record['device']}, largest error {record['max_relative_error']:.1e} "
-                f"of {record['tolerance']:.0e}, {record['orders_checked']} orders"
+                f"{record['plan']} passed: {record['model']}, {record['num_layers']} layers, "
+                f"{record['num_ranks']} rank(s) on {record['device']}, largest error "
+                f"{record['max_relative_error']:.1e} of {record['tolerance']:.0e}, "
+                f"{record['orders_checked']} orders"
             )
     print(json.dumps(values, separators=(",", ":")))
     return DONE
@@ -144,8 +145,8 @@ def _models(options: argparse.Namespace) -> int:
             gpus = "does not fit"
         table.add_row(
             name,
-            f"{model.num_parameters / 1e9:.2f} B",
-            f"{model.weight_bytes / 1e9:.1f} GB",
+            f"{model.num_parameters / 1e9:.3g} B",
+            f"{model.weight_bytes / 1e9:.3g} GB",
             str(model.num_hidden_layers),
             gpus,
         )

@@ -38,8 +38,8 @@ REQUIRED_KEYS = (
     "commit",
     "elapsed_s",
 )
-"""Keys of the last line of stdout, in order; `watts` and `sm_clock_mhz` are null unless measured,
-`verified` is null when verification was not asked for."""
+"""Keys of the last line of stdout, in order. Null: `watts` and `sm_clock_mhz` unless measured,
+`joules_per_token` and `power_limit_us` without an energy model, `verified` when not asked for."""
 
 
 def document(report: Report) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def document(report: Report) -> dict[str, Any]:
         "race": [_race_row(report, candidate) for candidate in report.race],
         "certificate": dict(report.certificate),
         "ops": {role: [asdict(row) for row in rows] for role, rows in report.op_tables.items()},
-        "verification": _verification(report.bucket),
+        "verification": verification_rows(report.bucket),
         "provenance": dict(report.provenance),
     }
 
@@ -83,10 +83,10 @@ def summary(report: Report) -> dict[str, Any]:
         "best_overlapped_us": round(report.timing(bucket.best_overlapped).period_us, 1),
         "speedup": round(sequential_us / won.period_us, 4),
         "lower_bound_us": round(bucket.lower_bound_us, 1),
-        "power_limit_us": round(bucket.power_limit_us, 1),
+        "power_limit_us": round(bucket.power_limit_us, 1) or None,
         "bound": bucket.bound,
         "tokens_per_s_per_gpu": round(tokens / (won.period_us * 1e-6) / gpus, 1),
-        "joules_per_token": _digits(won.joules / tokens),
+        "joules_per_token": _digits(won.joules / tokens) or None,
         "percent_of_optimal": round(100 * optimal_us / won.period_us, 2),
         "verified": report.verified,
         "watts": round(won.watts, 1) if report.is_measured else None,
@@ -150,14 +150,14 @@ def _race_row(report: Report, candidate: Candidate) -> dict[str, Any]:
         "source": timing.source,
         "predicted_us": round(candidate.predicted.period_us, 1),
         "prediction_error": _prediction_error(candidate),
-        "joules_per_token": _digits(timing.joules / tokens),
+        "joules_per_token": _digits(timing.joules / tokens) or None,
         "watts": round(timing.watts, 1),
         "sm_clock_mhz": round(timing.sm_clock_mhz),
         "is_winner": schedule == report.bucket.winner.schedule,
     }
 
 
-def _verification(bucket: Bucket) -> list[dict[str, Any]]:
+def verification_rows(bucket: Bucket) -> list[dict[str, Any]]:
     """The records, each with the plan that it is about, in the order they were made."""
     schedules = dict.fromkeys((bucket.winner.schedule, bucket.best_overlapped.schedule))
     names = [schedule.name for schedule in schedules]

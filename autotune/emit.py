@@ -58,6 +58,7 @@ def play(bucket: Bucket, graph: OpGraph, cost_model: CostModel, mix: RowMix) -> 
             title=name if name == role else f"{name} ({role})",
             source=timing.source,
             period_us=timing.period_us,
+            measured_us=candidate.measured.period_us if candidate.measured else 0.0,
         )
     return tracks
 
@@ -76,7 +77,7 @@ def draw(
     windows = [played.window(first, _WINDOW_LAYERS) for played in tracks.values()]
     schedules = {role: candidate.schedule for role, candidate in shown(bucket).items()}
     drawn = curves(graph, cost_model, report.batch.mix, schedules)
-    sources = ", ".join(sorted({curve.source for curve in drawn}))
+    is_guessed = any(curve.is_roofline for curve in drawn)
     return Pictures(
         timeline_png=timeline_png(
             windows[:2], title=job, subtitle=batch, num_sms=report.hardware.num_sms
@@ -84,8 +85,9 @@ def draw(
         sm_curves_png=sm_curves_png(
             drawn,
             title=f"{job}: throughput against SM share",
-            subtitle=f"lines: all {bucket.dense_batch_tokens} tokens, best kernel at each share "
-            f"({sources}); marks: nano-ops on their own rows",
+            subtitle=f"lines: all {bucket.dense_batch_tokens} tokens, best kernel at each share"
+            f"{', dashed: datasheet' if is_guessed else ''}; dots: measured; marks: nano-ops, on "
+            "their own rows",
         ),
         trace_json=trace_json(list(tracks.values())),
     )

@@ -66,8 +66,9 @@ class Curve:
     """TFLOP/s, TB/s or GB/s."""
     num_sms: tuple[int, ...]
     throughput: tuple[float, ...]
-    source: str
-    """`measured`, `interpolated`, `roofline`, or `mixed`."""
+    is_measured: tuple[bool, ...]
+    """Whether each point is a row of the profile."""
+    is_roofline: bool
     chosen: tuple[Chosen, ...] = ()
 
 
@@ -143,7 +144,10 @@ def _draw_lanes(axes: Axes, played: Track, end_us: float) -> None:
     length_us = max(bar.end_us for bar in played.bars)
     axes.axvline(length_us / 1e3, color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
     heading = f"{played.title}: {played.period_us / 1e3:.2f} ms an iteration"
-    axes.set_title(f"{heading} ({played.source})", loc="left", size=10, weight="bold", pad=5)
+    heading += f" ({played.source})"
+    if played.measured_us:
+        heading += f", {played.measured_us / 1e3:.2f} ms measured"
+    axes.set_title(heading, loc="left", size=10, weight="bold", pad=5)
 
 
 def _label(axes: Axes, bar: Bar, lane: int, end_us: float) -> None:
@@ -228,9 +232,15 @@ _MARKS = {"winner": ("o", INK), "best overlapped": ("D", "white"), "sequential":
 
 def _draw_curve(axes: Axes, curve: Curve) -> None:
     colour = PALETTE[op_class(curve.kind)]
-    dashed = (0, (4, 2)) if curve.source == "roofline" else "solid"
+    dashed = (0, (4, 2)) if curve.is_roofline else "solid"
     axes.plot(curve.num_sms, curve.throughput, color=colour, linewidth=1.8, linestyle=dashed)
     axes.fill_between(curve.num_sms, curve.throughput, color=colour, alpha=0.10, linewidth=0)
+    dots = [
+        point
+        for *point, measured in zip(curve.num_sms, curve.throughput, curve.is_measured, strict=True)
+        if measured
+    ]
+    axes.plot([x for x, _ in dots], [y for _, y in dots], "o", color=colour, markersize=3.2)
     for chosen in curve.chosen:
         marker, face = _MARKS[chosen.schedule]
         axes.plot(

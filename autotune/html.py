@@ -54,11 +54,13 @@ def _header(values: Mapping[str, Any]) -> str:
         f"{values['workload']} · {values['dense_batch_tokens']} tokens a batch"
     )
     badge, text = _badge(values)
+    first, _, rest = values["verdict"].partition("; ")
     return (
-        f'<header><p class="job">{escape(job)}</p><h1>{escape(values["verdict"])}</h1>'
+        f'<header><p class="job">{escape(job)}</p><h1>{escape(first)}.</h1>'
         f'<p><span class="badge accent">{escape(values["source"])}</span>'
         f'<span class="badge {badge}">{escape(text)}</span></p>'
-        f"<p>{escape(values['next_step'])}</p>{_reasons(values['reasons'])}</header>"
+        f"<p>{escape(rest[:1].upper() + rest[1:])} {escape(values['next_step'])}</p>"
+        f"{_reasons(values['reasons'])}</header>"
         f"{_numbers(values)}"
     )
 
@@ -79,7 +81,7 @@ def _numbers(values: Mapping[str, Any]) -> str:
         (_ms(values["period_us"]), "one iteration"),
         (f"{values['speedup']:.3f}x", "the best sequential plan"),
         (f"{values['tokens_per_s_per_gpu']:,.0f}", "tokens/s per GPU"),
-        (f"{values['joules_per_token'] * 1e3:.1f} mJ", "per token, all GPUs"),
+        (f"{_millijoules(values)} mJ", "per token, all GPUs"),
         (f"{values['percent_of_optimal']:.1f} %", "of 2P at the sustained GEMM peak"),
         (_ms(values["lower_bound_us"]), "lower bound at hardware peaks"),
     ]
@@ -110,7 +112,7 @@ def _race(values: Mapping[str, Any]) -> str:
             lanes(row),
             f"{row['period_us'] / 1e3:.3f}",
             f"{row['speedup']:.3f}x",
-            f"{row['joules_per_token'] * 1e3:.1f}",
+            _millijoules(row),
             f"{row['watts']:.0f}",
             f"{row['predicted_us'] / 1e3:.3f}",
             row["source"],
@@ -188,17 +190,7 @@ def _op_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _verification(values: Mapping[str, Any]) -> str:
     if not values["verification"]:
         return "<h2>Verification</h2><p>Not run.</p>"
-    heads = (
-        "model",
-        "device",
-        "layers",
-        "ranks",
-        "dtype",
-        "largest error",
-        "allowed",
-        "orders",
-        "",
-    )
+    heads = ("plan", "model", "device", "layers", "ranks", "dtype", "error", "allowed", "orders")
     rows = [
         (
             record["plan"],
@@ -218,7 +210,7 @@ def _verification(values: Mapping[str, Any]) -> str:
         "The planned run against the unsplit sequential run, same weights and cache: "
         "||a - b|| / ||b|| of every layer's output, in plan order and random legal orders."
     )
-    return f'<h2>Verification</h2>{_table(heads, rows)}<p class="muted">{escape(note)}</p>'
+    return f'<h2>Verification</h2>{_table((*heads, ""), rows)}<p class="muted">{escape(note)}</p>'
 
 
 def _provenance(values: Mapping[str, Any]) -> str:
@@ -266,6 +258,12 @@ def _certificate(proof: Mapping[str, Any]) -> str:
         f"{proof['period_us']:.1f} us in the solver's model, and no choice in it less than "
         f"{proof['bound_us']:.1f} us (gap {100 * proof['gap']:.1f} %)."
     )
+
+
+def _millijoules(row: Mapping[str, Any]) -> str:
+    """Of one token; a dash where no energy model is known."""
+    joules = row["joules_per_token"]
+    return "-" if joules is None else f"{1e3 * joules:.1f}"
 
 
 def _ms(us: float) -> str:

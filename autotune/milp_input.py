@@ -89,7 +89,7 @@ def split_candidates(space: SearchSpace, mix: RowMix, least_batches: int = 1) ->
 
 
 def _first_sizes(total: int, step: int) -> list[int]:
-    firsts = list(range(step, total, step))
+    firsts = list(range(step, total, step)) or [total // 2]
     if len(firsts) <= MAX_FIRST_SIZES:
         return firsts
     picked = {firsts[round((k + 1) * len(firsts) / (MAX_FIRST_SIZES + 1)) - 1] for k in range(7)}

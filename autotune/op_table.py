@@ -131,8 +131,6 @@ def curves(
         mix: the whole dense batch.
         schedules: whose choices to mark, by the name shown in the legend.
     """
-    hardware = cost_model.hardware
-    shares = sorted({*range(8, hardware.num_sms, 8), hardware.num_sms})
     distinct: dict[tuple[str, str], list[Op]] = defaultdict(list)
     for op in graph.layer:
         if op.rows(mix) > 0:
@@ -140,9 +138,9 @@ def curves(
     drawn: list[Curve] = []
     for ops in distinct.values():
         op = ops[0]
+        shares = _shares(op, cost_model)
         estimates = [cost_model.best(op, mix, share)[1] for share in shares]
         reached = tuple(throughput(op, mix, estimate.us)[0] for estimate in estimates)
-        sources = sorted({str(estimate.source) for estimate in estimates})
         drawn.append(
             Curve(
                 op=_curve_name(ops),
@@ -150,11 +148,20 @@ def curves(
                 unit=throughput(op, mix, 1.0)[1],
                 num_sms=tuple(shares),
                 throughput=reached,
-                source=sources[0] if len(sources) == 1 else "mixed",
+                is_measured=tuple(estimate.source == "measured" for estimate in estimates),
+                is_roofline=all(estimate.source == "roofline" for estimate in estimates),
                 chosen=_chosen(ops, cost_model, mix, schedules),
             )
         )
     return tuple(drawn)
+
+
+def _shares(op: Op, cost_model: CostModel) -> list[int]:
+    """Shares that the profile has of this kind of op, else every eighth."""
+    rows = cost_model.profile.usable_rows if cost_model.profile else ()
+    measured = {row.point.num_sms for row in rows if row.point.kind == op.kind}
+    num_sms = cost_model.hardware.num_sms
+    return sorted({*(measured or range(8, num_sms, 8)), num_sms})
 
 
 def _chosen(

@@ -43,6 +43,11 @@ def claim(folder: Path, identity: Mapping[str, object], *, is_measured: bool) ->
     present = [name for name in FILES if (folder / name).exists()]
     if not present:
         return ""
+    if DOCUMENT not in present:
+        raise ValueError(
+            f"an output folder holds one finished job, but {folder} holds {', '.join(present)} and "
+            f"no {DOCUMENT}; name another with --output-dir"
+        )
     earlier = read_document(folder)
     for key in _IDENTITY:
         if earlier.get(key) != identity[key]:

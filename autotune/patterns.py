@@ -29,16 +29,16 @@ COMPUTE, MEMORY, NETWORK = "compute", "memory", "network"
 def legal_shares(lane: Lane, hardware: HardwareSpec, space: SearchSpace) -> list[int]:
     """Shares of the space that this GPU can make, for a lane that runs beside others.
 
-    At least half of the SMs on the compute lane, at most half on the others; the half itself,
-    rounded to the granularity, where the space offers none.
+    At most half of the SMs beside the compute lane, and the half, rounded to the granularity,
+    where the space offers none; at least half on the compute lane, complements included.
     """
     total, step = hardware.num_sms, hardware.sm_granularity
     offered = space.network_sm_shares if lane == NETWORK else space.sm_shares
-    legal = [s for s in sorted(offered) if s < total and (s % step == 0 or (total - s) % step == 0)]
-    side = max(step, total // 2 // step * step)
-    if lane == COMPUTE:
-        return [s for s in legal if 2 * s >= total] or [total - side]
-    return [s for s in legal if 2 * s <= total] or [side]
+    legal = [s for s in offered if s < total and (s % step == 0 or (total - s) % step == 0)]
+    side = sorted({s for s in legal if 2 * s <= total} or {max(step, total // 2 // step * step)})
+    if lane != COMPUTE:
+        return side
+    return sorted({s for s in legal if 2 * s >= total} | {total - s for s in side})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -148,7 +148,8 @@ class _Search:
         ranked = sorted(known, key=lambda candidate: candidate.predicted.period_us)
         schedules = [candidate.schedule for candidate in ranked]
         found, certificate = self._solve(schedules, 1)
-        if found is None or len(found.nano_batches) == 1:
+        is_single = found is None or len(found.nano_batches) == 1
+        if is_single and self.space.max_nano_batches > 1:
             overlapped = [s for s in schedules if s.is_overlapped]
             found, _ = self._solve(overlapped, 2)
         return found, certificate
@@ -156,6 +157,7 @@ class _Search:
     def _solve(
         self, known: Sequence[Schedule], least_batches: int
     ) -> tuple[Schedule | None, Certificate]:
+        """One MILP; its schedule enters the race."""
         found, certificate = find_structure(
             self.graph,
             self.cost_model,

@@ -82,6 +82,8 @@ class Track:
     """`measured`, `predicted` or `roofline`."""
     period_us: float
     """One whole iteration."""
+    measured_us: float
+    """The same, measured; 0 where it was not."""
     lanes: tuple[str, ...]
     bars: tuple[Bar, ...]
 
@@ -111,6 +113,7 @@ def track(
     title: str,
     source: str,
     period_us: float,
+    measured_us: float = 0.0,
 ) -> Track:
     """Join the events of a played schedule with what its nano-ops are."""
     ids = schedule.ids
@@ -139,6 +142,7 @@ def track(
         title=title,
         source=source,
         period_us=period_us,
+        measured_us=measured_us,
         lanes=schedule.lanes,
         bars=tuple(bars),
     )

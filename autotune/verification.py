@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..runtime.plan_io import check_plan, load_plan
 from ..runtime.verify import verify_plan
 from ..search_spaces.loader import load_hardware, load_model
 from ..search_spaces.schema import HardwareSpec, ModelSpec
+from .document import verification_rows
 from .gpu_stage import GpuStage, find_devices, find_stage
 
 CPU_TIMEOUT_S = 300.0
@@ -71,9 +71,7 @@ def verify_file(
         "hardware": plan.hardware,
         "num_gpus": plan.num_gpus,
         "verified": True,
-        "verification": [
-            asdict(record) for bucket in plan.buckets for record in bucket.verification
-        ],
+        "verification": [row for bucket in plan.buckets for row in verification_rows(bucket)],
         "elapsed_s": round(time.monotonic() - started, 1),
     }
 

@@ -38,7 +38,8 @@ def test_every_curve_gets_a_plot():
             unit="TFLOP/s",
             num_sms=(8, 64, 132),
             throughput=(60.0, 400.0, 780.0),
-            source="measured",
+            is_measured=(True, False, True),
+            is_roofline=False,
             chosen=(Chosen(num_sms=64, throughput=380.0, schedule="winner"),),
         )
         for number in range(9)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -67,14 +68,13 @@ def test_a_killed_study_resumes_and_a_changed_space_starts_anew(tmp_path: Path):
 
 def test_an_illegal_trial_fails_with_its_reason(tmp_path: Path):
     storage = f"sqlite:///{tmp_path}/search.db"
-    space = quick_space(sm_shares=(30, 100))
-    broken = family(space=space)
-    choice = equal_split_choice(GRAPH, MIX, h200(), space)
-    parameters = broken.parameters(choice) | {"memory_sms": 30, "compute_sms": 100}
+    backwards = tuple(replace(place, stage=0) for place in reversed(placed_of(EQUAL, GRAPH)))
+    broken = family(structure=backwards)
+    parameters = broken.structure_parameters(EQUAL)
     assert refine(broken, trials=1, seed=0, storage=storage, enqueue=[parameters]) == ()
     study = optuna.load_study(study_name=study_name(broken, 0, "simulator"), storage=storage)
     assert study.trials[0].state == optuna.trial.TrialState.FAIL
-    assert "a share must be a multiple of 8" in study.trials[0].user_attrs["reason"]
+    assert "illegal order" in study.trials[0].user_attrs["reason"]
 
 
 def test_on_hardware_the_measured_time_decides_and_variants_are_free():

@@ -156,6 +156,17 @@ def test_a_gain_that_the_power_cap_does_not_allow_is_doubted(predicted):
     assert "power cap" not in verdict(report)
 
 
+def test_unknown_joules_are_null_and_a_dash(predicted):
+    winner = predicted.bucket.winner
+    unknown = replace(winner, predicted=replace(winner.predicted, joules=0.0))
+    bucket = replace(predicted.bucket, winner=unknown, power_limit_us=0.0)
+    report = replace(predicted, plan=replace(predicted.plan, buckets=(bucket,)), race=(unknown,))
+    values = document(report)
+    assert values["joules_per_token"] is None
+    assert values["power_limit_us"] is None
+    assert "- mJ" in render(values, {})
+
+
 def test_page_is_self_contained_and_escaped(predicted):
     report = replace(predicted, reasons=("<script>",))
     page = render(document(report), {"timeline": b"\x89PNG"})

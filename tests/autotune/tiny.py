@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from nanoflow_tune.autotune.cost_model import Estimate
 from nanoflow_tune.profiler.profile import EnergyModel
@@ -47,7 +47,7 @@ class FixedCosts:
     overhead_us: float = 0.0
     energy: EnergyModel | None = None
     profile: None = None
-    hardware: HardwareSpec = h200()
+    hardware: HardwareSpec = field(default_factory=h200)
 
     def estimate(self, op: Op, mix: RowMix, num_sms: int, variant: str) -> Estimate:
         return Estimate(self.us[op.name, round(op.rows(mix)), num_sms], 0.0, "measured")
