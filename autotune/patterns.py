@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 
+from ..runtime.legality import serialize_conflicts
 from ..runtime.op_graph import Dependency, Op, OpGraph, RowMix
 from ..runtime.plan import Lane, NanoBatch, NanoOp, Schedule
-from ..runtime.schedule import serialize_conflicts
 from ..search_spaces.schema import HardwareSpec, RowOrder, SearchSpace
 from .cost_model import CostModel
 
@@ -184,7 +184,9 @@ def build_schedule(
                 )
             )
     schedule = Schedule(name=name, nano_batches=batches, nano_ops=tuple(nano_ops))
-    return serialize_conflicts(schedule, graph, cost_model.hardware.num_sms)
+    return serialize_conflicts(
+        schedule, graph, cost_model.hardware.num_sms, cost_model.hardware.sm_granularity
+    )
 
 
 def total_tokens(mix: RowMix) -> int:

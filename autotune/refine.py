@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from ..runtime.legality import check
 from ..runtime.op_graph import OpGraph, RowMix
 from ..runtime.plan import Candidate, Schedule, Timing
-from ..runtime.schedule import IllegalScheduleError, check
+from ..runtime.schedule import IllegalScheduleError
 from ..search_spaces.schema import RowOrder, SearchSpace
 from .baselines import PingPongChoice, PingPongOrder, ping_pong
 from .cost_model import CostModel

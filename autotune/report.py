@@ -18,9 +18,9 @@ from .op_table import GemmPeak, OpRow
 _LIFTS = {
     "power": "at the power cap only joules per token count: fewer KV bytes, fewer passes over "
     "activations, or a card whose cap does not bind",
-    "compute": "GEMMs bind: a lower-precision type or more GPUs lift it, overlap cannot",
-    "memory": "memory traffic binds: a smaller KV type or a larger share of prefill lifts it",
-    "network": "collectives bind: fewer GPUs a replica or a faster interconnect lifts it",
+    "compute": "a lower-precision type or more GPUs lift it, overlap cannot",
+    "memory": "a smaller KV type or a larger share of prefill lifts it",
+    "network": "fewer GPUs a replica or a faster interconnect lifts it",
 }
 
 

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
+from ..runtime.legality import check
 from ..runtime.op_graph import OpGraph, RowMix
 from ..runtime.plan import Candidate, Schedule
-from ..runtime.schedule import IllegalScheduleError, check, concurrent_pairs
+from ..runtime.schedule import IllegalScheduleError, concurrent_pairs
 from ..search_spaces.schema import HardwareSpec, SearchSpace
 from .baselines import (
     PingPongChoice,
@@ -88,6 +89,14 @@ class _Search:
         self.tried.append(candidate)
         return candidate
 
+    def is_legal(self, schedule: Schedule) -> bool:
+        """Whether it may run on this GPU."""
+        try:
+            check(schedule, self.graph, self.hardware.num_sms, self.hardware.sm_granularity)
+        except IllegalScheduleError:
+            return False
+        return True
+
     def baselines(self) -> Candidate:
         """Sequential (returned), nano-only in each row order, equal split."""
         first = self.add(sequential(self.graph, self.cost_model, self.mix))
@@ -130,6 +139,8 @@ class _Search:
             schedule = ping_pong(
                 self.graph, self.cost_model, self.mix, choice, "overlapped_ping_pong"
             )
+            if not self.is_legal(schedule):
+                continue  # three lanes that fit in pairs only
             timing = predict(schedule, self.graph, self.cost_model, self.mix)
             found.append((choice, Candidate(schedule=schedule, predicted=timing)))
         if not found:
@@ -167,6 +178,9 @@ class _Search:
             known=known,
             least_batches=least_batches,
         )
+        if found is not None and not self.is_legal(found):
+            self.on_progress("structure MILP: its shares fit in pairs only, left out")
+            found = None
         if found is not None:
             self.add(found)
         self.on_progress(

@@ -18,9 +18,10 @@ import yaml
 from ..search_spaces.loader import load_yaml
 from ..search_spaces.records import SpecError, from_mapping, to_mapping
 from ..search_spaces.schema import HardwareSpec
+from .legality import check
 from .op_graph import OpGraph
 from .plan import SCHEMA, Bucket, Candidate, Plan
-from .schedule import IllegalScheduleError, check
+from .schedule import IllegalScheduleError
 
 _FLOW_KEYS = ("nano_batches", "nano_ops", "predicted", "measured", "verification")
 """Values under these keys are written in flow style, list items one a line."""

@@ -1,18 +1,15 @@
-"""From one period of a schedule to the nano-ops of a whole iteration, and whether it is legal.
+"""From one period of a schedule to the nano-ops of a whole iteration.
 
 `unroll` gives every instance (nano-op, layer) with the instances it waits for: data dependencies
 (parents' token ranges intersect, and the prefix rule for straddling prefills), the order within its
 lane, and the plan's own `after` edges. Executor, simulator and verifier all run this one list.
-
-`check` refuses what must not run: unknown ops, ranges that do not tile the batch, orders that read
-what is not written yet, and nano-ops that can run at once on more SMs than the GPU has.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .op_graph import Dependency, OpGraph, RowMix
 from .plan import NanoOp, Schedule
@@ -147,121 +144,6 @@ def concurrent_pairs(schedule: Schedule, graph: OpGraph) -> set[tuple[int, int]]
                 a, b = instances[there].index, instance.index
                 pairs.add((min(a, b), max(a, b)))
     return pairs
-
-
-def check(schedule: Schedule, graph: OpGraph, num_sms: int, sm_granularity: int) -> None:
-    """Refuse a schedule that must not run.
-
-    Raises:
-        IllegalScheduleError: with the nano-op, the rule and the remedy.
-    """
-    _check_nano_batches(schedule)
-    _check_coverage(schedule, graph)
-    for name, nano_op in zip(schedule.ids, schedule.nano_ops, strict=True):
-        _check_share(name, nano_op.num_sms, num_sms, sm_granularity)
-    for group in share_conflicts(schedule, concurrent_pairs(schedule, graph), num_sms):
-        shares = " and ".join(
-            f"{schedule.ids[index]} on {schedule.nano_ops[index].num_sms} SMs" for index in group
-        )
-        raise IllegalScheduleError(
-            f"{shares} can run at the same time, but the GPU has {num_sms}: lower a share, or "
-            "order them with `after`"
-        )
-
-
-def share_conflicts(
-    schedule: Schedule, pairs: set[tuple[int, int]], num_sms: int
-) -> list[tuple[int, ...]]:
-    """Pairs and triples of nano-ops that can all run at once on more SMs than the GPU has.
-
-    Three lanes are the most a plan uses, so that triples suffice; a triple of which a pair is
-    already too much is not listed again.
-    """
-    share = [nano_op.num_sms for nano_op in schedule.nano_ops]
-    conflicts: list[tuple[int, ...]] = [
-        (a, b) for a, b in sorted(pairs) if share[a] + share[b] > num_sms
-    ]
-    fitting = pairs - set(conflicts)
-    for a, b in sorted(fitting):
-        for c in range(b + 1, len(share)):
-            together = (a, c) in fitting and (b, c) in fitting
-            if together and share[a] + share[b] + share[c] > num_sms:
-                conflicts.append((a, b, c))
-    return conflicts
-
-
-def _check_nano_batches(schedule: Schedule) -> None:
-    expected = 0
-    for batch in schedule.nano_batches:
-        if batch.tokens[0] != expected:
-            raise IllegalScheduleError(
-                f"nano-batches must tile the dense batch, but one starts at row {batch.tokens[0]} "
-                f"where {expected} was expected"
-            )
-        expected = batch.tokens[1]
-
-
-def _check_coverage(schedule: Schedule, graph: OpGraph) -> None:
-    ranges: dict[str, list[tuple[int, int]]] = {name: [] for name in graph.op_names}
-    for nano_op in schedule.nano_ops:
-        if nano_op.op not in ranges:
-            raise IllegalScheduleError(
-                f"unknown op {nano_op.op!r}; this graph has {', '.join(graph.op_names)}"
-            )
-        ranges[nano_op.op].append(nano_op.tokens)
-    total = schedule.dense_batch_tokens
-    for op, spans in ranges.items():
-        expected = 0
-        for start, end in sorted(spans):
-            if start != expected:
-                what = "overlap" if start < expected else "miss rows"
-                raise IllegalScheduleError(
-                    f"token ranges of {op} {what}: [{start}, {end}) where row {expected} comes next"
-                )
-            expected = end
-        if expected != total:
-            rule = "end outside" if expected > total else "miss the end of"
-            raise IllegalScheduleError(
-                f"token ranges of {op} {rule} the dense batch: they end at {expected}, it has "
-                f"{total} rows"
-            )
-
-
-def _check_share(name: str, share: int, num_sms: int, granularity: int) -> None:
-    if share > num_sms:
-        raise IllegalScheduleError(f"{name} asks for {share} SMs, but the GPU has {num_sms}")
-    if share != num_sms and share % granularity and (num_sms - share) % granularity:
-        raise IllegalScheduleError(
-            f"{name} asks for {share} SMs; a share must be a multiple of {granularity}, the "
-            f"complement of one, or all {num_sms}"
-        )
-
-
-def serialize_conflicts(schedule: Schedule, graph: OpGraph, num_sms: int) -> Schedule:
-    """Add `after` edges, in issue order, until what can run at once fits on the GPU.
-
-    Of three nano-ops that do not fit together, the two with the fewest SMs take turns.
-
-    Raises:
-        IllegalScheduleError: order alone cannot help, because the pattern is illegal in itself.
-    """
-    ids = schedule.ids
-    while True:
-        conflicts = share_conflicts(schedule, concurrent_pairs(schedule, graph), num_sms)
-        if not conflicts:
-            return schedule
-        nano_ops = list(schedule.nano_ops)
-        for group in conflicts:
-            by_share = sorted(group, key=lambda index: (schedule.nano_ops[index].num_sms, index))
-            a, b = sorted(by_share[:2])
-            for before, after in ((a, b), (b, a)):
-                if ids[before] not in nano_ops[after].after:
-                    names = (*nano_ops[after].after, ids[before])
-                    nano_ops[after] = replace(nano_ops[after], after=names)
-        if tuple(nano_ops) == schedule.nano_ops:
-            names = ", ".join(ids[index] for index in conflicts[0])
-            raise IllegalScheduleError(f"no order keeps {names} apart; lower their shares")
-        schedule = replace(schedule, nano_ops=tuple(nano_ops))
 
 
 def random_legal_order(instances: list[Instance], seed: int) -> list[int]:

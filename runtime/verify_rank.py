@@ -22,10 +22,11 @@ from .batching import DenseBatch, Request
 from .executor import Executor, Observe, Resources
 from .kv_cache import PagedKvCache
 from .launch import RankContext
+from .legality import check
 from .model import reference_forward
 from .op_graph import OpGraph, RowMix
 from .plan import Schedule, Verification
-from .schedule import Instance, check, random_legal_order
+from .schedule import Instance, random_legal_order
 from .steady_state import batch_mix, steady_pages, steady_requests
 from .verify import TOLERANCE, Case, MakeResources, VerificationError
 from .weights import Weights, random_weights

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 
 import pytest
@@ -117,6 +118,7 @@ def test_a_job_that_fails_leaves_nothing_behind(
         raise error
 
     monkeypatch.setattr(tune, "verify", fail)
+    monkeypatch.setattr(tempfile, "tempdir", str(in_empty_folder))
     assert cli.main([*TINY, "--output-dir", "here"]) == code
     assert message in capsys.readouterr().err
     assert not (in_empty_folder / "here").exists()

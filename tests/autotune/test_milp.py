@@ -10,11 +10,8 @@ from nanoflow_tune.autotune.milp import Model
 from nanoflow_tune.autotune.milp_input import Edge, Instance, split_candidates
 from nanoflow_tune.autotune.simulator import simulate
 from nanoflow_tune.autotune.structure import find_structure
-from nanoflow_tune.runtime.schedule import (
-    IllegalScheduleError,
-    check,
-    serialize_conflicts,
-)
+from nanoflow_tune.runtime.legality import check, serialize_conflicts
+from nanoflow_tune.runtime.schedule import IllegalScheduleError
 
 from .fakes import MIX, graph_of, h200, linear_profile, quick_space
 from .tiny import MIX as TINY_MIX
@@ -57,7 +54,7 @@ def brute_force_us(
                 stage = dict(zip((1, 2, 3), stages, strict=True)) | {0: 0}
                 places = [(*NODES[n], stage[n], chosen[n]) for n in nodes]
                 try:
-                    schedule = serialize_conflicts(tiny_schedule(*places), graph, 132)
+                    schedule = serialize_conflicts(tiny_schedule(*places), graph, 132, 8)
                 except IllegalScheduleError:
                     continue
                 timeline = simulate(schedule, graph, costs, TINY_MIX, sync_us=0.0)

@@ -9,7 +9,7 @@ from nanoflow_tune.autotune.cost_model import CostModel
 from nanoflow_tune.autotune.search import SearchResult, pick_winner, search
 from nanoflow_tune.autotune.simulator import predict
 from nanoflow_tune.runtime.plan import Candidate, Schedule, Timing
-from nanoflow_tune.runtime.schedule import check
+from nanoflow_tune.runtime.legality import check
 from nanoflow_tune.search_spaces.loader import load_hardware
 
 from .fakes import MIX, graph_of, h200, linear_profile, quick_space

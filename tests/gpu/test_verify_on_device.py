@@ -70,9 +70,7 @@ def context():
     return RankContext(0, 1, "cuda:0")
 
 
-@pytest.mark.parametrize(
-    "gemm", ["cublas", "triton_128x256", "triton_128x128", "triton_64x256"]
-)
+@pytest.mark.parametrize("gemm", ["cublas", "triton_128x256", "triton_128x128", "triton_64x256"])
 def test_an_overlapped_plan_equals_the_unsplit_run(context, gemm):
     from nanoflow_tune.runtime.op_graph import OpGraph
     from nanoflow_tune.runtime.verify import verify_schedule

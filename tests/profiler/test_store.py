@@ -24,9 +24,7 @@ HEADER = {"hardware": "h200", "dtype": "bfloat16", "gpu": "NVIDIA H200", "static
 
 
 def point(**changes):
-    base = Point(
-        kind="gemm", shape="n64_k32", variant="cublas", tokens=256, kv_len=0, num_sms=132
-    )
+    base = Point(kind="gemm", shape="n64_k32", variant="cublas", tokens=256, kv_len=0, num_sms=132)
     return replace(base, **changes)
 
 

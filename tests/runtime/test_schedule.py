@@ -6,16 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanoflow_tune.runtime.legality import check, serialize_conflicts
 from nanoflow_tune.runtime.op_graph import OpGraph
 from nanoflow_tune.runtime.plan import NanoBatch, NanoOp, Schedule
 from nanoflow_tune.runtime.schedule import (
     IllegalScheduleError,
-    check,
     concurrent_pairs,
     data_edges,
     random_legal_order,
     row_mix,
-    serialize_conflicts,
     unroll,
 )
 from nanoflow_tune.search_spaces.schema import ModelSpec
@@ -116,7 +115,7 @@ def test_a_lane_runs_in_issue_order_also_where_the_pattern_fills_and_drains(
 def test_serialized_schedules_never_use_more_sms_than_there_are(compute: int, memory: int):
     shares = {"compute": compute, "memory": memory, "network": 16}
     schedule = delay_tails(split_schedule(GRAPH_TP2, 24, shares))
-    schedule = serialize_conflicts(schedule, GRAPH_TP2, NUM_SMS)
+    schedule = serialize_conflicts(schedule, GRAPH_TP2, NUM_SMS, GRANULARITY)
     check(schedule, GRAPH_TP2, NUM_SMS, GRANULARITY)
     for a, b in concurrent_pairs(schedule, GRAPH_TP2):
         assert schedule.nano_ops[a].num_sms + schedule.nano_ops[b].num_sms <= NUM_SMS
@@ -189,4 +188,9 @@ def test_check_refuses_three_lanes_that_only_fit_in_pairs():
     )
     with pytest.raises(IllegalScheduleError, match=r"64 SMs and .* 64 SMs and .* 68 SMs"):
         check(schedule, GRAPH_TP2, NUM_SMS, GRANULARITY)
-    check(serialize_conflicts(schedule, GRAPH_TP2, NUM_SMS), GRAPH_TP2, NUM_SMS, GRANULARITY)
+    check(
+        serialize_conflicts(schedule, GRAPH_TP2, NUM_SMS, GRANULARITY),
+        GRAPH_TP2,
+        NUM_SMS,
+        GRANULARITY,
+    )
