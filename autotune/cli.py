@@ -77,7 +77,7 @@ def _profile(options: argparse.Namespace) -> int:
         )
     path = profile_path(job, options.output_dir) if options.output_dir else profile_path(job)
     with closing(job.stage):
-        profile = job.stage.profile(path)
+        profile = job.stage.profile(path, take_shipped=False)
     values = {
         "profile": str(path),
         "hardware": profile.hardware,

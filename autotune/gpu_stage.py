@@ -41,7 +41,9 @@ class GpuStage(Protocol):
         """Measure what neither `path` nor the shipped profile of this GPU holds."""
         ...
 
-    def measure(self, schedules: Sequence[Schedule]) -> Sequence[Timing]:
+    def measure(
+        self, schedules: Sequence[Schedule], *, rounds: int = ..., turn_s: float = ...
+    ) -> Sequence[Timing]:
         """Time whole iterations, interleaved, in one sustained run."""
         ...
 

@@ -52,6 +52,9 @@ class MeasuringStage:
             ranks = RankGroup(self._case.tp_degree, device="cuda", timeout_s=RANK_TIMEOUT_S)
             self._ranks = ranks.__enter__()
             self._ranks.call(rank_jobs.remember_case, self._case)
+            for notes in self._ranks.call(rank_jobs.look_around):
+                for note in notes:
+                    self._say(note)
         return self._ranks
 
     def profile(self, path: Path, *, take_shipped: bool = True) -> Profile:

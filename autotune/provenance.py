@@ -15,10 +15,13 @@ _SOLVERS = ("optuna", "pulp", "highspy", "numpy", "torch")
 
 
 def commit() -> str:
-    """The short commit of the checkout that this runs from; "" when installed without one."""
+    """The short commit of the checkout that this runs from, or that an installed version names.
+
+    A version such as `0.1.0+g1a2b3c4` names one; "" when neither is known.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists() or not (root / "pyproject.toml").exists():
-        return ""
+        return _version(PACKAGE).partition("+g")[2]
     try:
         run = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"],

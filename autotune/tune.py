@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..profiler.profile import Profile
-from ..runtime.plan import Bucket, Candidate, Plan, Schedule
+from ..runtime.plan import Bucket, Candidate, Plan, Schedule, Timing
 from ..runtime.schedule import IllegalScheduleError
 from ..search_spaces.schema import RowOrder
 from .cost_model import CostModel
@@ -39,13 +39,15 @@ from .op_table import gemm_peak, op_rows
 from .output_folder import claim, staging
 from .provenance import commit, created_by, provenance
 from .report import Report
-from .search import SearchResult, search
+from .search import SearchResult, pick_winner, search
 from .trace import Track
 from .verification import verify
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+FINAL_ROUNDS, FINAL_TURN_S = 4, 1.0
+"""The finalists' interleaved run: turns each, and seconds of one."""
 PAGE_SIZE = 16
 """Tokens of one KV-cache page."""
 
@@ -146,22 +148,21 @@ def _search(
 
 
 def _settled(result: SearchResult, stage: GpuStage) -> SearchResult:
-    """Time the finalists once more in one interleaved run, and let that decide.
-
-    The sequential plan comes first, so that another one must be faster to win.
-    """
+    """Time the finalists once more in one longer interleaved run, and let that decide."""
     finalists = (result.sequential, result.best_overlapped, result.winner)
     schedules = list(dict.fromkeys(candidate.schedule for candidate in finalists))
-    timed = dict(zip(schedules, stage.measure(schedules), strict=True))
+    timings = stage.measure(schedules, rounds=FINAL_ROUNDS, turn_s=FINAL_TURN_S)
+    timed = dict(zip(schedules, timings, strict=True))
 
     def again(candidate: Candidate) -> Candidate:
         measured = timed.get(candidate.schedule, candidate.measured)
         return replace(candidate, measured=measured)
 
+    base = again(result.sequential)
     return replace(
         result,
-        winner=min(map(again, finalists), key=lambda candidate: candidate.best_known.period_us),
-        sequential=again(result.sequential),
+        winner=pick_winner(base, [again(result.best_overlapped), again(result.winner)]),
+        sequential=base,
         best_overlapped=again(result.best_overlapped),
         race=tuple(map(again, result.race)),
     )
@@ -175,11 +176,11 @@ def _plan(job: Job, profile: Profile | None, result: SearchResult) -> Plan:
         decode_context_tokens=mix.decode_context_tokens,
         prefill_context_tokens=mix.prefill_context_tokens,
         row_order=row_order(result.winner.schedule),
-        winner=result.winner,
-        sequential=result.sequential,
-        best_overlapped=result.best_overlapped,
-        lower_bound_us=result.lower_bound_us,
-        power_limit_us=result.power_limit_us,
+        winner=_rounded(result.winner),
+        sequential=_rounded(result.sequential),
+        best_overlapped=_rounded(result.best_overlapped),
+        lower_bound_us=round(result.lower_bound_us, 1),
+        power_limit_us=round(result.power_limit_us, 1),
         bound=result.bound,
     )
     return Plan(
@@ -194,6 +195,25 @@ def _plan(job: Job, profile: Profile | None, result: SearchResult) -> Plan:
         created_by=created_by(),
         buckets=(bucket,),
     )
+
+
+def _rounded(candidate: Candidate) -> Candidate:
+    """Figures with as many digits as people read: 0.1 us, 1 mJ, 0.1 W."""
+
+    def short(timing: Timing) -> Timing:
+        return replace(
+            timing,
+            period_us=round(timing.period_us, 1),
+            p10_us=round(timing.p10_us, 1),
+            p90_us=round(timing.p90_us, 1),
+            joules=round(timing.joules, 3),
+            watts=round(timing.watts, 1),
+            sm_clock_mhz=round(timing.sm_clock_mhz),
+            turn_spread=round(timing.turn_spread, 4),
+        )
+
+    measured = None if candidate.measured is None else short(candidate.measured)
+    return replace(candidate, predicted=short(candidate.predicted), measured=measured)
 
 
 def row_order(schedule: Schedule) -> RowOrder:

@@ -5,6 +5,7 @@ NVML's total energy counter advances only every 20 to 100 ms: measure joules ove
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -70,10 +71,16 @@ class PowerMeter:
             raise EnergyCounterMissingError(f"no energy counter on this GPU: {err}") from err
 
     @property
+    def has_energy_counter(self) -> bool:
+        """Without one, watts and joules are nan."""
+        try:
+            return self.total_joules >= 0
+        except EnergyCounterMissingError:
+            return False
+
+    @property
     def other_processes(self) -> int:
         """Compute processes on this GPU beside the caller."""
-        import os
-
         running = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
         return sum(process.pid != os.getpid() for process in running)
 
@@ -87,10 +94,10 @@ class PowerMeter:
 
     def __enter__(self) -> PowerMeter:
         self._updates, self._start_s = [], time.perf_counter()
-        _ = self.total_joules  # a missing counter is an error here, not in the thread
         self._stop.clear()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
-        self._watcher.start()
+        if self.has_energy_counter:
+            self._watcher.start()
         return self
 
     def __exit__(
@@ -101,8 +108,8 @@ class PowerMeter:
     ) -> None:
         elapsed_s = time.perf_counter() - self._start_s
         self._stop.set()
-        assert self._watcher is not None
-        self._watcher.join()
+        if self._watcher is not None and self._watcher.is_alive():
+            self._watcher.join()
         self.watts = slope(self._updates)
         self.joules = self.watts * elapsed_s
 

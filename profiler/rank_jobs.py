@@ -85,6 +85,18 @@ def _variants() -> dict[str, tuple[str, ...]]:
     return {**named, "embedding": ("torch",), "sampling": ("torch",)}
 
 
+def look_around(ctx: RankContext) -> list[str]:
+    """What may spoil measurements on this rank's GPU, in words."""
+    from .power import PowerMeter
+
+    meter, notes = PowerMeter(ctx.rank), list[str]()
+    if meter.other_processes:
+        notes.append(f"GPU {ctx.rank}: {meter.other_processes} other processes use it")
+    if not meter.has_energy_counter:
+        notes.append(f"GPU {ctx.rank} has no energy counter: watts and joules stay unknown")
+    return notes
+
+
 def plan_profile(ctx: RankContext, job: ProfileJob) -> str:
     """What `run_profile` would measure, with the predicted minutes; empty when nothing is left."""
     left = left_to_measure(job, _variants())

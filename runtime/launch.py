@@ -15,6 +15,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ DeviceType = Literal["cpu", "cuda"]
 ResultT = TypeVar("ResultT")
 
 _PACKAGE = __name__.partition(".")[0]
+_PARENT_POLL_S = 0.5
 _GRACE_S = 5.0
 """After one rank failed, the others have this long to finish before they are ended."""
 
@@ -206,6 +208,7 @@ def _serve(
 ) -> None:
     """A rank's life: join the process group, answer calls until told to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     os.dup2(2, 1)  # whatever libraries print: the parent's stdout is for its results
     try:
         context = _join(pipe, rank, world_size, device, timeout_s)
@@ -228,6 +231,13 @@ def _serve(
         import torch.distributed as dist
 
         dist.destroy_process_group()
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this process when its parent is gone: a killed parent cannot end its ranks itself."""
+    while os.getppid() == parent:
+        time.sleep(_PARENT_POLL_S)
+    os._exit(1)
 
 
 def _answer(

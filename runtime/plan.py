@@ -130,7 +130,7 @@ class Timing:
     p10_us: float = 0.0
     p90_us: float = 0.0
     joules: float = 0.0
-    """Of one iteration, all GPUs."""
+    """Of one iteration, all GPUs; 0 when not known."""
     watts: float = 0.0
     """Mean of one GPU."""
     sm_clock_mhz: float = 0.0

@@ -17,7 +17,6 @@ from .fakes import MIX, graph_of, h200, linear_profile, quick_space
 from .tiny import MIX as TINY_MIX
 from .tiny import FixedCosts, tiny_graph, tiny_schedule
 
-pytestmark = pytest.mark.filterwarnings("ignore:Constructing LpVariable:DeprecationWarning")
 NODES = (("a", 0), ("b", 0), ("a", 1), ("b", 1))
 
 

@@ -11,8 +11,8 @@ from nanoflow_tune.autotune.baselines import equal_split, equal_split_choice
 from nanoflow_tune.autotune.cost_model import CostModel
 from nanoflow_tune.autotune.refine import Family, placed_of, refine, study_name
 from nanoflow_tune.autotune.simulator import predict
-from nanoflow_tune.runtime.plan import Schedule, Timing
 from nanoflow_tune.runtime.legality import check
+from nanoflow_tune.runtime.plan import Schedule, Timing
 
 from .fakes import MIX, graph_of, h200, linear_profile, quick_space
 

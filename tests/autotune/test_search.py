@@ -8,13 +8,12 @@ import pytest
 from nanoflow_tune.autotune.cost_model import CostModel
 from nanoflow_tune.autotune.search import SearchResult, pick_winner, search
 from nanoflow_tune.autotune.simulator import predict
-from nanoflow_tune.runtime.plan import Candidate, Schedule, Timing
 from nanoflow_tune.runtime.legality import check
+from nanoflow_tune.runtime.plan import Candidate, Schedule, Timing
 from nanoflow_tune.search_spaces.loader import load_hardware
 
 from .fakes import MIX, graph_of, h200, linear_profile, quick_space
 
-pytestmark = pytest.mark.filterwarnings("ignore:Constructing LpVariable:DeprecationWarning")
 SPACE = quick_space(milp_time_limit_s=1.0, simulator_trials=12)
 MODELS = [
     ("llama3-8b", 1),
@@ -122,9 +121,10 @@ def test_a_predicted_gain_within_the_margin_does_not_win():
         timing = Timing(period_us=measured, source="measured") if measured else None
         return replace(found, measured=timing)
 
-    assert pick_winner(base, [rival(0.995)]) is base
-    assert pick_winner(base, [close := rival(0.985)]) is close
+    assert pick_winner(base, [rival(0.985)]) is base
+    assert pick_winner(base, [close := rival(0.975)]) is close
     measured = replace(base, measured=Timing(period_us=100.0, source="measured"))
     assert pick_winner(measured, [rival(0.5, 101.0)]) is measured
     assert pick_winner(measured, [rival(0.5)]) is measured
+    assert pick_winner(measured, [rival(0.5, 99.8)]) is measured
     assert pick_winner(measured, [fast := rival(1.5, 99.0)]) is fast

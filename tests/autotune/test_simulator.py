@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from nanoflow_tune.autotune.baselines import equal_split, sequential
+from nanoflow_tune.autotune.bounds import iteration_work
 from nanoflow_tune.autotune.cost_model import CostModel
 from nanoflow_tune.autotune.simulator import predict, simulate
 from nanoflow_tune.profiler.profile import EnergyModel
@@ -86,10 +87,30 @@ def test_sequential_is_the_sum_of_its_ops():
     schedule = sequential(GRAPH, COSTS, MIX)
     solo_us = sum(COSTS.best(op, MIX, 132)[1].us for op in GRAPH.layer)
     expected = GRAPH.num_layers * solo_us + COSTS.iteration_overhead_us(GRAPH, MIX)
+    assert simulate(schedule, GRAPH, COSTS, MIX).period_us == pytest.approx(expected)
     timing = predict(schedule, GRAPH, COSTS, MIX)
-    assert timing.period_us == pytest.approx(expected)
     assert timing.source == "predicted"
     assert timing.watts == pytest.approx(timing.joules / timing.period_us * 1e6)
+
+
+def test_timeline_and_power_limit_are_joined():
+    """Far below the cap the timeline holds, far above it the joules do, between both press."""
+    schedule = sequential(GRAPH, COSTS, MIX)
+    timeline = simulate(schedule, GRAPH, COSTS, MIX)
+
+    def period_us(joules_per_flop):
+        costs = CostModel(linear_profile(GRAPH), h200())
+        costs.energy = EnergyModel(
+            static_w=100.0, joules_per_flop=joules_per_flop, joules_per_byte=0.0
+        )
+        return predict(schedule, GRAPH, costs, MIX).period_us
+
+    flops = iteration_work(GRAPH, MIX).flops
+    frugal, hungry = 600.0 * 1e-6 * timeline.period_us / flops / 3, 5e-12
+    assert period_us(frugal) == pytest.approx(timeline.period_us, rel=1e-3)
+    assert period_us(hungry) >= 1e6 * hungry * flops / 600.0
+    both = period_us(3 * frugal)
+    assert timeline.period_us * 1.03 < both < timeline.period_us * 1.06
 
 
 def test_a_prediction_never_needs_more_power_than_the_cap_but_a_roofline_may():
@@ -97,7 +118,7 @@ def test_a_prediction_never_needs_more_power_than_the_cap_but_a_roofline_may():
     costs = CostModel(linear_profile(GRAPH), h200())
     costs.energy = hungry
     timing = predict(sequential(GRAPH, costs, MIX), GRAPH, costs, MIX)
-    assert timing.watts <= 117 + (700 - 117) / 0.9 + 1
+    assert timing.watts <= 700
     roofline = CostModel(None, h200())
     timing = predict(sequential(GRAPH, roofline, MIX), GRAPH, roofline, MIX)
     assert timing.source == "roofline"

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import rank_functions as on_rank
@@ -66,3 +68,34 @@ def test_serve_says_what_to_use_instead():
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 2
     assert "nanoflow-tune" in done.stderr
+
+
+def test_ranks_end_when_their_parent_is_killed(tmp_path):
+    """A killed profile run must not go on writing behind the one that resumes it."""
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import os, time\n"
+        "from nanoflow_tune.runtime.launch import RankGroup\n"
+        "def pid(ctx):\n"
+        "    return os.getpid()\n"
+        "def hang(ctx):\n"
+        "    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    with RankGroup(1) as ranks:\n"
+        "        print(ranks.call(pid)[0], flush=True)\n"
+        "        ranks.call(hang)\n"
+    )
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    rank_pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while _is_alive(rank_pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _is_alive(rank_pid)
+
+
+def _is_alive(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"

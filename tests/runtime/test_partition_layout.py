@@ -1,4 +1,4 @@
-"""Placing shares on SM groups: disjoint where they can run at once, refused where they do not fit."""
+"""Placing shares on SM groups: disjoint where they can run at once, refused where they do not."""
 
 from __future__ import annotations
 
