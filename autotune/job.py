@@ -147,8 +147,10 @@ def choose_profile(options: TuneOptions, job: Job) -> ProfileChoice:
     if options.profile not in ("auto", "shipped"):
         return _profile_from(Path(options.profile), hardware)
     if options.profile == "auto" and job.stage is not None:
-        profile = job.stage.profile(profile_path(job))
-        return ProfileChoice(profile=profile, title=f"a profile measured here on {hardware.name}")
+        path = profile_path(job)
+        profile = job.stage.profile(path)
+        origin = "a profile measured here" if path.exists() else "the shipped profile of this GPU"
+        return ProfileChoice(profile=profile, title=f"{origin}{_dated(profile)}")
     profile = shipped_profile(hardware.name)
     if profile is None:
         raise ProfileMissingError(
