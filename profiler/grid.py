@@ -160,6 +160,26 @@ def pair_points(
     return pairs
 
 
+def sustained_points(
+    graph: OpGraph, num_sms: int, variants: Mapping[str, tuple[str, ...]]
+) -> list[Point]:
+    """The largest GEMM of the layer on the whole GPU, by the first two variants."""
+    largest = max(
+        (op for op in graph.layer if op.kind == "gemm"), key=lambda op: op.weight_elements
+    )
+    return [
+        Point(
+            kind="gemm",
+            shape=largest.shape,
+            variant=variant,
+            tokens=max(TOKENS),
+            kv_len=0,
+            num_sms=num_sms,
+        )
+        for variant in variants["gemm"][:2]
+    ]
+
+
 def make_grid(
     graph: OpGraph,
     num_sms: int,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..runtime.op_graph import OpGraph, RowMix
 from ..search_spaces.schema import HardwareSpec, ModelSpec
-from .grid import Grid, make_grid
+from .grid import Grid, make_grid, sustained_points
 from .store import read_pairs, read_rows
 
 if TYPE_CHECKING:
@@ -123,7 +123,12 @@ def run_profile(ctx: RankContext, job: ProfileJob) -> None:
         KV_POOL_BYTES,
         groups["network"] if groups is not None else None,
     )
-    header = sweep.header(job.commit, job.command, sweep.static_watts())
+    header = dict[str, str]()
+    if ctx.rank == 0 and not job.path.exists():
+        graph = OpGraph.build(job.model, job.tp_degree)
+        points = sustained_points(graph, job.hardware.num_sms, _variants())
+        sustained = sweep.sustained_gemm(points)
+        header = sweep.header(job.commit, job.command, sweep.static_watts(), sustained)
 
     def progress(done: int, total: int) -> None:
         if done % 100 == 0 or done == total:

@@ -20,6 +20,7 @@ from ..runtime.partition_layout import GroupRange, Slot, SmSplit
 from ..runtime.sm_partition import SmPartitions
 from ..search_spaces.schema import HardwareSpec
 from .cases import CaseFactory
+from .energy import point_costs
 from .grid import Grid
 from .power import PowerMeter
 from .profile import PairRow, Point, Row
@@ -27,6 +28,7 @@ from .store import ProfileWriter
 from .timing import Batch, Timer
 
 FRONT, BACK = "front", "back"
+SUSTAIN_WARM_S, SUSTAIN_SAMPLE_S = 1.5, 1.5
 
 
 def share_slots(num_sms: int, split: SmSplit) -> dict[Slot, GroupRange]:
@@ -77,7 +79,32 @@ class Sweep:
         default = FRONT if num_sms % self.hardware.sm_granularity == 0 else BACK
         return self._partitions.stream(lane or default, num_sms)
 
-    def header(self, commit: str, command: str, static_w: float) -> dict[str, str]:
+    def sustained_gemm(self, points: Iterable[Point]) -> dict[str, str]:
+        """The best rate that the card keeps up for seconds on some GEMMs, as header entries.
+
+        Rows take 30 ms, shorter than the card takes to enforce its power cap; what a server can
+        keep up is this figure.
+        """
+        best, entries = 0.0, dict[str, str]()
+        for point in points:
+            batch = self.timer.batch(self._cases.calls(point), self.stream(point.num_sms))
+            burst_us = self.timer.sample(batch).median_us
+            samples = self.timer.sustain(batch, burst_us, SUSTAIN_WARM_S, SUSTAIN_SAMPLE_S)
+            flops, _, _ = point_costs(point)
+            rate = flops / (samples.median_us * 1e-6)
+            if rate > best:
+                best = rate
+                entries = {
+                    "sustained_gemm_flops_per_s": f"{rate:.4e}",
+                    "sustained_gemm": f"{point.variant}, {point.tokens} x {point.shape}, "
+                    f"{self.meter.watts:.0f} W, {samples.sm_clock_mhz:.0f} MHz; burst "
+                    f"{flops / (burst_us * 1e-6):.4e}",
+                }
+        return entries
+
+    def header(
+        self, commit: str, command: str, static_w: float, sustained: dict[str, str]
+    ) -> dict[str, str]:
         """Provenance of a profile file."""
         import triton
 
@@ -94,7 +121,8 @@ class Sweep:
             "static_w": f"{static_w:.1f}",
             "power_cap_w": f"{self.meter.power_cap_w:.0f}",
             "audit": self.audit,
-            "regime": "sustained: heated between points, random normal data, 30 ms a point",
+            "regime": "heated between points, random normal data, 30 ms a point",
+            **sustained,
         }
 
     def static_watts(self, seconds: float = 0.6) -> float:

@@ -197,6 +197,16 @@ class Timer:
             n=min(len(column) for column in ends),
         )
 
+    def sustain(self, batch: Batch, median_us: float, warm_s: float, sample_s: float) -> Samples:
+        """Replay for seconds, so that the card enforces its cap; the meter holds the watts."""
+        per_s = 1e6 / (median_us * batch.num_calls)
+        for _ in range(round(warm_s * per_s)):
+            batch.replay()
+        torch.cuda.synchronize()
+        with self.meter:
+            samples = self.sample_fixed(batch, warm=0, count=max(3, round(sample_s * per_s)))
+        return samples
+
     def joules_per_call(self, batch: Batch, median_us: float, seconds: float = 0.5) -> float:
         """Board joules of one call over at least `seconds` of back-to-back batches."""
         count = max(3, round(seconds * 1e6 / (median_us * batch.num_calls)))
