@@ -123,8 +123,8 @@ def run_profile(ctx: RankContext, job: ProfileJob) -> None:
         KV_POOL_BYTES,
         groups["network"] if groups is not None else None,
     )
-    header = dict[str, str]()
-    if ctx.rank == 0 and not job.path.exists():
+    header = read_rows(job.path)[0] if job.path.exists() else dict[str, str]()
+    if ctx.rank == 0 and not header:
         graph = OpGraph.build(job.model, job.tp_degree)
         points = sustained_points(graph, job.hardware.num_sms, _variants())
         sustained = sweep.sustained_gemm(points)

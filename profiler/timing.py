@@ -204,8 +204,7 @@ class Timer:
             batch.replay()
         torch.cuda.synchronize()
         with self.meter:
-            samples = self.sample_fixed(batch, warm=0, count=max(3, round(sample_s * per_s)))
-        return samples
+            return self.sample_fixed(batch, warm=0, count=max(3, round(sample_s * per_s)))
 
     def joules_per_call(self, batch: Batch, median_us: float, seconds: float = 0.5) -> float:
         """Board joules of one call over at least `seconds` of back-to-back batches."""
