@@ -8,7 +8,7 @@ The refinement looks between them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -22,8 +22,7 @@ from .patterns import COMPUTE, MacroOp, batch_mix, lane_of, legal_shares, macro_
 from .simulator import SYNC_US
 
 MAX_FIRST_SIZES = 7
-MAX_COMPUTE_SHARES = 4
-MAX_SIDE_SHARES = 4
+MAX_SHARES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,21 +108,40 @@ def _compositions(total: int, step: int, count: int) -> list[tuple[int, ...]]:
     return found
 
 
-def lane_shares(lane: str, hardware: HardwareSpec, space: SearchSpace) -> tuple[int, ...]:
-    """Shares offered to a lane: the largest for compute, the smallest beside it, and all SMs."""
+def lane_shares(
+    lane: str, hardware: HardwareSpec, space: SearchSpace, wanted: Collection[int] = ()
+) -> tuple[int, ...]:
+    """Shares offered: the largest for compute, the smallest beside it, those wanted, all SMs.
+
+    Compute has as many as the lanes beside it, so that complements stay complements.
+    """
     legal = legal_shares(lane, hardware, space)
-    kept = legal[-MAX_COMPUTE_SHARES:] if lane == COMPUTE else legal[:MAX_SIDE_SHARES]
-    return (*kept, hardware.num_sms)
+    kept = legal[-MAX_SHARES:] if lane == COMPUTE else legal[:MAX_SHARES]
+    return tuple(sorted({*kept, *wanted, hardware.num_sms}))
 
 
 def build_instance(
-    graph: OpGraph, cost_model: CostModel, space: SearchSpace, mix: RowMix, splits: Sequence[Split]
+    graph: OpGraph,
+    cost_model: CostModel,
+    space: SearchSpace,
+    mix: RowMix,
+    splits: Sequence[Split],
+    wanted: Mapping[str, Collection[int]],
 ) -> Instance:
-    """Look up every duration that the MILP may need."""
+    """Look up every duration that the MILP may need.
+
+    Args:
+        graph: of one rank.
+        cost_model: durations and slowdowns.
+        space: shares.
+        mix: rows of the dense batch.
+        splits: candidates.
+        wanted: further shares by lane, e.g. those of the schedule that the solver starts from.
+    """
     macros, num_sms = macro_ops(graph), cost_model.hardware.num_sms
     num_batches = len(splits[0].sizes)
     hardware = cost_model.hardware
-    shares = {m.lane: lane_shares(m.lane, hardware, space) for m in macros}
+    shares = {m.lane: lane_shares(m.lane, hardware, space, wanted.get(m.lane, ())) for m in macros}
     duration_us: dict[tuple[int, int, int], float] = {}
     floors_us: list[float] = []
     for split_index, split in enumerate(splits):

@@ -38,7 +38,11 @@ def find_structure(
     splits = split_candidates(space, mix, least_batches)
     starts = (start_from(schedule, graph, cost_model, mix, splits) for schedule in known)
     start = next((found for found in starts if found is not None), None)
-    model = Model(build_instance(graph, cost_model, space, mix, splits))
+    wanted: dict[str, set[int]] = {}
+    macros = macro_ops(graph)
+    for node, share in start.share.items() if start else ():
+        wanted.setdefault(macros[node % len(macros)].lane, set()).add(share)
+    model = Model(build_instance(graph, cost_model, space, mix, splits, wanted))
     solution, certificate = model.solve(
         space.milp_time_limit_s, space.milp_relative_gap, seed, start
     )
