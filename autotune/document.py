@@ -57,6 +57,7 @@ def document(report: Report) -> dict[str, Any]:
         "batch": _batch(report),
         "race": [_race_row(report, candidate) for candidate in report.race],
         "certificate": dict(report.certificate),
+        "sensitivity": report.sensitivity.as_dict() if report.sensitivity else None,
         "ops": {role: [asdict(row) for row in rows] for role, rows in report.op_tables.items()},
         "verification": verification_rows(report.bucket),
         "provenance": dict(report.provenance),

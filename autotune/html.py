@@ -29,6 +29,7 @@ def render(values: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         _figure("Timeline", images.get("timeline"), _TIMELINE_CAPTION),
         _race(values),
         _bounds(values),
+        _sensitivity(values.get("sensitivity")),
         _ops(values),
         _figure("Throughput against SM share", images.get("sm_curves"), _CURVES_CAPTION),
         _verification(values),
@@ -147,6 +148,29 @@ def _bounds(values: Mapping[str, Any]) -> str:
     )
     table = _table(("bound", "ms", "of the plan's time"), rows)
     return f'<h2>What binds</h2>{table}<p>{escape(text)}</p><p class="muted">{escape(peak)}</p>'
+
+
+def _sensitivity(moved: Mapping[str, Any] | None) -> str:
+    """Empty without a profile, and for reports written before this was in them."""
+    if moved is None:
+        return ""
+    heads = ("plan", "predicted ms", "p10", "median", "p90")
+    rows = [
+        (
+            f"{row['name'].replace('_', ' ')} ({row['role']})",
+            f"{row['period_us'] / 1e3:.3f}",
+            *(f"{100 * row[key]:+.2f} %" for key in ("p10", "p50", "p90")),
+        )
+        for row in moved["movements"]
+    ]
+    trials = moved["trials"]
+    text = (
+        f"With each time of the profile off by up to {100 * moved['noise']:.0f} %, independently, "
+        f"and each slowdown beside another kernel likewise, the predicted choice "
+        f"({moved['choice'].replace('_', ' ')}) changes in {round(moved['flip_share'] * trials)} "
+        f"of {trials} trials."
+    )
+    return f"<h2>Sensitivity to the profile</h2>{_table(heads, rows)}<p>{escape(text)}</p>"
 
 
 def _ops(values: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from ..runtime.plan import Bucket, Candidate, Plan, Timing
 from ..search_spaces.schema import HardwareSpec, ModelSpec
 from .capacity import DenseBatch
 from .op_table import GemmPeak, OpRow
+from .sensitivity import Sensitivity
 
 _LIFTS = {
     "power": "at the power cap only joules per token count: fewer KV bytes, fewer passes over "
@@ -43,6 +44,8 @@ class Report:
     """Which profile, from where."""
     power_limit_error: float = 0.0
     """Relative error of the energy model behind `power_limit_us`."""
+    sensitivity: Sensitivity | None = None
+    """What noise in the profile does to the shown plans; None without a profile."""
     provenance: Mapping[str, str] = field(default_factory=dict[str, str])
     """Hashes, versions, seed, profile header."""
     reasons: tuple[str, ...] = ()

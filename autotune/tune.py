@@ -40,6 +40,7 @@ from .output_folder import claim, staging
 from .provenance import commit, created_by, provenance
 from .report import Report
 from .search import SearchResult, pick_winner, search
+from .sensitivity import sensitivity
 from .trace import Track
 from .verification import verify
 
@@ -235,6 +236,11 @@ def _report(
 ) -> Report:
     candidates, mix = shown(plan.buckets[0]), job.batch.mix
     settings = {"effort": options.effort, "seed": options.seed}
+    plans = {
+        "sequential": result.sequential.schedule,
+        "best overlapped": result.best_overlapped.schedule,
+        "winner": result.winner.schedule,
+    }
     return Report(
         plan=plan,
         plan_path="",
@@ -250,6 +256,7 @@ def _report(
         gemm_peak=gemm_peak(chosen.profile, job.hardware, job.model.torch_dtype),
         profile=chosen.title,
         power_limit_error=cost_model.energy.relative_error if cost_model.energy else 0.0,
+        sensitivity=sensitivity(cost_model, job.graph, mix, plans, seed=options.seed),
         provenance=provenance(plan.inputs, chosen.profile, settings),
         reasons=job.reasons,
         commit=commit(),

@@ -10,6 +10,7 @@ from nanoflow_tune.autotune.document import REQUIRED_KEYS, document, json_line
 from nanoflow_tune.autotune.html import render
 from nanoflow_tune.autotune.op_table import GemmPeak, gemm_peak
 from nanoflow_tune.autotune.report import Report, verdict
+from nanoflow_tune.autotune.sensitivity import Movement, Sensitivity
 from nanoflow_tune.profiler.profile import Point, Profile, Row
 from nanoflow_tune.runtime.op_graph import OpGraph
 from nanoflow_tune.runtime.plan import Bucket, Plan, Verification
@@ -210,3 +211,21 @@ def test_gemm_peak_is_the_best_row_on_all_sms():
     )
     assert peak.flops_per_s == pytest.approx(2 * 28672 * 4096 * 2048 / 700e-6)
     assert gemm_peak(None, fakes.h200(), "bfloat16").source == "datasheet peak"
+
+
+def test_page_says_how_often_noise_changes_the_choice(predicted):
+    assert document(predicted)["sensitivity"] is None
+    movement = Movement(
+        role="winner", name="overlapped", period_us=60_000.0, p10=-0.01, p50=0.0, p90=0.012
+    )
+    found = Sensitivity(
+        noise=0.05, trials=20, seed=0, movements=(movement,), choice="overlapped", flip_share=0.15
+    )
+    values = document(replace(predicted, sensitivity=found))
+    assert values["sensitivity"]["movements"][0]["p90"] == 0.012
+    page = render(values, {})
+    assert "off by up to 5 %" in page
+    assert "(overlapped) changes in 3 of 20 trials." in page
+    assert "<td>-1.00 %</td><td>+0.00 %</td><td>+1.20 %</td>" in page
+    del values["sensitivity"]  # a report from before it was there
+    assert "Sensitivity" not in render(values, {})
