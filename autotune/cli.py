@@ -25,6 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = build_parser()
     options = parser.parse_args(argv)
+    if options.paper:
+        fixed = ("verb", "model", "gpu", "num_gpus", "profile", "output_dir", "effort")
+        if any(getattr(options, name) != parser.get_default(name) for name in fixed):
+            parser.error("--paper is LLaMA-2-70B on 8 x A100 80GB: give only --workload, --seed")
+        options.verb = "paper"
     if options.verb is None and options.model is None:
         parser.error("--model is required; `nanoflow-tune models` lists what is shipped")
     try:
@@ -125,6 +130,26 @@ def _report(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _paper(options: argparse.Namespace) -> int:
+    from rich import box
+    from rich.table import Table
+
+    from .paper_mode import paper_document, paper_rows, run_paper
+
+    with _stderr().status("searching"):
+        result = run_paper(options.workload, seed=options.seed, on_progress=_say)
+    if not options.json:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        table.add_column(f"LLaMA-2-70B, 8 x A100 80GB, {result.workload}")
+        for heading in ("ms/iteration", "tokens/s/GPU"):
+            table.add_column(heading, justify="right")
+        for row in paper_rows(result):
+            table.add_row(*row)
+        _stdout().print(table)
+    print(json.dumps(paper_document(result), separators=(",", ":")))
+    return DONE
+
+
 def _models(options: argparse.Namespace) -> int:
     from rich import box
     from rich.table import Table
@@ -167,6 +192,7 @@ _COMMANDS = {
     "verify": _verify,
     "report": _report,
     "models": _models,
+    "paper": _paper,
 }
 
 

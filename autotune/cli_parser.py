@@ -16,6 +16,12 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="exit: 0 done, 1 crash, 2 bad input, 3 no feasible plan, 4 verification failed",
     )
     parser.add_argument("--version", action="version", version=version("nanoflow-tune"))
+    parser.add_argument(
+        "--paper",
+        action="store_true",
+        help="predict LLaMA-2-70B on 8 x A100 80GB with the cost model of arXiv 2408.12757 and "
+        "set it beside the paper's figures; takes --workload and --seed",
+    )
     _add_job_flags(parser, is_model_required=False)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     search = verbs.add_parser("search", help="the main job without verification and figures")

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from nanoflow_tune.autotune import cli, job, output_folder, tune, verification
+from nanoflow_tune.autotune import cli, job, output_folder, paper_mode, tune, verification
 from nanoflow_tune.autotune.document import REQUIRED_KEYS
 from nanoflow_tune.autotune.gpu_stage import NO_DEVICES
 from nanoflow_tune.runtime.verify import VerificationError
@@ -96,11 +96,46 @@ def test_bad_input_is_one_line_and_exit_2(arguments, message, in_empty_folder, c
     assert list(in_empty_folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [[], ["--model", "x", "--num-gpus", "0"], ["--no-such-flag"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--model", "x", "--num-gpus", "0"],
+        ["--no-such-flag"],
+        ["--paper", "--gpu", "h200"],
+        ["--paper", "models"],
+    ],
+)
 def test_usage_errors_exit_2(arguments):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
     assert stopped.value.code == cli.BAD_INPUT
+
+
+def test_paper_mode_sets_predictions_beside_the_papers_figures(
+    in_empty_folder, monkeypatch, capsys
+):
+    def run(workload, *, seed, on_progress):
+        assert (workload, seed) == ("512/512", 3)
+        return paper_mode.PaperResult(
+            workload="512-512",
+            decode_tokens=1024,
+            sequential_us=220_000.0,
+            figure_6_us=205_000.0,
+            search_us=210_000.0,
+            search_plan="overlapped_milp",
+            shares_us=200_000.0,
+            measured=paper_mode.MEASURED[512.0, 512.0],
+        )
+
+    monkeypatch.setattr(paper_mode, "run_paper", run)
+    assert cli.main(["--paper", "--seed", "3"]) == cli.DONE
+    out = capsys.readouterr().out
+    assert "our shares on figure 6, predicted" in out
+    assert "1,280" in out  # 2048 rows / 200 ms / 8 GPUs
+    assert "1,286" in out
+    assert last_json(out)["found_over_figure_6"] == pytest.approx(200 / 205, abs=1e-4)
+    assert list(in_empty_folder.iterdir()) == []
 
 
 @pytest.mark.parametrize(
