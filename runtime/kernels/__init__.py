@@ -1,4 +1,4 @@
-"""Kernel variants. `load(device_type)` registers those of a device; nothing is imported before."""
+"""Kernel variants. `load(group)` registers those of a group; nothing is imported before."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import importlib
 _MODULES = {
     "cpu": ("torch_ops",),
     "cuda": ("cublas", "triton_gemm", "triton_attention", "triton_rows", "collectives"),
+    # Correct under Triton's interpreter, not yet run on a GPU: benchmarks and tests load them,
+    # profiles and plans do not.
+    "experimental": ("triton_gemm_splitk", "triton_decode_split"),
 }
 
 
-def load(device_type: str) -> None:
-    """Import the modules that register the variants of `cpu` or `cuda`."""
-    for module in _MODULES[device_type]:
+def load(group: str) -> None:
+    """Import the modules that register the variants of `cpu`, `cuda` or `experimental`."""
+    for module in _MODULES[group]:
         importlib.import_module(f".{module}", __name__)

@@ -6,6 +6,8 @@ Needs a GPU; with TRITON_INTERPRET=1 the Triton ones also run on a CPU with Trit
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -69,19 +71,29 @@ def attend(q_NH, k_TKH, v_TKH):
     return torch.einsum("nt,tnh->nh", scores.softmax(dim=-1), v)
 
 
-def heads_shape():
-    return HeadShape(num_qo_heads=4, num_kv_heads=2, head_dim=32 if INTERPRETED else 128)
+@pytest.fixture(params=[(d, g) for d in (64, 128) for g in (1, 4, 8)], ids="d{0[0]}-g{0[1]}".format)
+def heads(request):
+    head_dim, group = request.param
+    return HeadShape(num_qo_heads=2 * group, num_kv_heads=2, head_dim=head_dim)
 
 
-def test_decode_attention_matches_float64_and_touches_only_its_rows():
-    from nanoflow_tune.runtime.kernels.triton_attention import decode_attention
+@pytest.fixture
+def poisoned_memory():
+    """New tensors are NaN or the largest integer: a kernel that reads what it never wrote shows."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert bool(torch.empty(3).isnan().all())
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(False)
 
-    heads = heads_shape()
-    kv_lens = [1, 17, 64, 100] if INTERPRETED else [1, 16, 17, 100, 1000, 4097]
+
+def decode_operands(kv_lens, heads):
+    """Arguments of a decode kernel but for the SM share, its out poisoned, and its reference."""
     k_pages, v_pages, table, dense = paged_cache(kv_lens, heads)
     rows = [2 * index + 1 for index in range(len(kv_lens))]
-    width = heads.qo_size + 2 * heads.kv_size
-    qkv = randn(2 * len(kv_lens) + 2, width, seed=5)
+    qkv = randn(2 * len(kv_lens) + 2, heads.qo_size + 2 * heads.kv_size, seed=5)
     out = torch.full((qkv.shape[0], heads.qo_size), float("nan"), device=DEVICE, dtype=DTYPE)
     meta = DecodeRows(
         row_ids_R=torch.tensor(rows, dtype=torch.int32, device=DEVICE),
@@ -89,18 +101,124 @@ def test_decode_attention_matches_float64_and_touches_only_its_rows():
         page_table_RP=table,
         max_kv_len=max(kv_lens),
     )
-    decode_attention(qkv, k_pages, v_pages, meta, out, heads, 4)
-    for row, (k, v) in zip(rows, dense, strict=True):
-        q = qkv[row, : heads.qo_size].view(heads.num_qo_heads, heads.head_dim)
-        assert relative_error(out[row], attend(q, k, v).flatten()) < tolerance()
-    others = [row for row in range(qkv.shape[0]) if row not in rows]
+    q = qkv[rows, : heads.qo_size].view(-1, heads.num_qo_heads, heads.head_dim)
+    reference = [attend(one, k, v).flatten() for one, (k, v) in zip(q, dense, strict=True)]
+    return (qkv, k_pages, v_pages, meta, out, heads), rows, torch.stack(reference)
+
+
+def assert_rows(out, rows, reference):
+    """Each row is right, and no other row was written."""
+    for row, expected in zip(rows, reference, strict=True):
+        assert relative_error(out[row], expected) < tolerance()
+    others = [row for row in range(out.shape[0]) if row not in rows]
     assert bool(out[others].isnan().all())
 
 
-def test_prefill_attention_is_causal_over_chunks():
+def test_decode_attention_matches_float64_and_touches_only_its_rows(heads):
+    from nanoflow_tune.runtime.kernels.triton_attention import decode_attention
+
+    kv_lens = [1, 17, 64, 100] if INTERPRETED else [1, 16, 17, 100, 1000, 4097]
+    operands, rows, reference = decode_operands(kv_lens, heads)
+    decode_attention(*operands, 4)
+    assert_rows(operands[4], rows, reference)
+
+
+def scaled(length):
+    """Lengths are an eighth under the interpreter."""
+    return length if INTERPRETED else 8 * length
+
+
+def split_tile(split_keys=64):
+    from nanoflow_tune.runtime.kernels.triton_decode_split import SPLIT_TILE
+
+    return replace(SPLIT_TILE, split_keys=scaled(split_keys))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(
+    "kv_lens",
+    [
+        [1, 17, 64, 65, 128, 300],
+        [300],
+        [64, 63, 1],
+        [64] * 3,
+        [128, 192],
+    ],
+    ids=str,
+)
+def test_split_decode_matches_float64_and_touches_only_its_rows(heads, kv_lens):
+    from nanoflow_tune.runtime.kernels.triton_decode_split import launch_split_decode
+
+    operands, rows, reference = decode_operands([scaled(length) for length in kv_lens], heads)
+    launch_split_decode(split_tile(), *operands, 1)
+    assert_rows(operands[4], rows, reference)
+
+
+@pytest.mark.parametrize("group", [3, 7, 16])
+def test_split_decode_takes_any_group_size(group):
+    from nanoflow_tune.runtime.kernels.triton_decode_split import launch_split_decode
+
+    heads = HeadShape(num_qo_heads=group, num_kv_heads=1, head_dim=64)
+    operands, rows, reference = decode_operands([scaled(200), 5, scaled(70)], heads)
+    launch_split_decode(split_tile(), *operands, 2)
+    assert_rows(operands[4], rows, reference)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_split_decode_reads_8192_keys_and_one_by_the_registered_variant():
+    from nanoflow_tune.runtime.kernels.triton_decode_split import split_decode_attention
+
+    heads = HeadShape(num_qo_heads=4, num_kv_heads=1, head_dim=64)
+    operands, rows, reference = decode_operands([1, 8192, 1024, 1025, 2500], heads)
+    split_decode_attention(*operands, 2)
+    assert_rows(operands[4], rows, reference)
+
+
+def test_split_decode_gives_the_same_bits_on_any_share_and_beside_other_rows(heads):
+    from nanoflow_tune.runtime.kernels.triton_decode_split import launch_split_decode
+
+    operands, rows, _ = decode_operands([scaled(300), 5, scaled(130), scaled(64)], heads)
+    outs = []
+    for num_sms, count, bound in (
+        (1, 4, 300),
+        (1, 4, 300),
+        (13, 4, 300),
+        (132, 1, 300),
+        (4, 4, 999),
+    ):
+        meta = operands[3]
+        some = DecodeRows(
+            row_ids_R=meta.row_ids_R[:count],
+            kv_lens_R=meta.kv_lens_R[:count],
+            page_table_RP=meta.page_table_RP[:count],
+            max_kv_len=scaled(bound),
+        )
+        out = torch.full_like(operands[4], float("nan"))
+        launch_split_decode(split_tile(), *operands[:3], some, out, heads, num_sms)
+        outs.append(out)
+    for out in (outs[1], outs[2], outs[4]):
+        assert torch.equal(out[rows], outs[0][rows])
+    assert torch.equal(outs[3][rows[0]], outs[0][rows[0]])
+
+
+def test_split_decode_of_no_rows_launches_nothing(heads):
+    from nanoflow_tune.runtime.kernels.triton_decode_split import split_decode_attention
+
+    operands, _, _ = decode_operands([5], heads)
+    meta = operands[3]
+    none = DecodeRows(
+        row_ids_R=meta.row_ids_R[:0],
+        kv_lens_R=meta.kv_lens_R[:0],
+        page_table_RP=meta.page_table_RP[:0],
+        max_kv_len=0,
+    )
+    split_decode_attention(*operands[:3], none, *operands[4:], 4)
+    assert bool(operands[4].isnan().all())
+
+
+def test_prefill_attention_is_causal_over_chunks(heads):
     from nanoflow_tune.runtime.kernels.triton_attention import prefill_attention
 
-    heads = heads_shape()
     segments = [(0, 5), (9, 30), (3, 140)] if INTERPRETED else [(0, 5), (300, 300), (64, 129)]
     kv_lens = [start + count for start, count in segments]
     k_pages, v_pages, table, dense = paged_cache(kv_lens, heads)
@@ -142,8 +260,9 @@ def test_prefill_attention_is_causal_over_chunks():
 
 def gemm_variants():
     from nanoflow_tune.runtime.kernels.triton_gemm import TILES
+    from nanoflow_tune.runtime.kernels.triton_gemm_splitk import VARIANTS
 
-    names = [tile.name for tile in TILES]
+    names = [*(tile.name for tile in TILES), *VARIANTS]
     return names if INTERPRETED else ["cublas", *names]
 
 
@@ -151,10 +270,11 @@ def gemm_variants():
 @pytest.mark.parametrize("num_sms", [16, 100, 132])
 def test_gemm_variants_match_float64(num_sms, has_bias):
     from nanoflow_tune.runtime import kernels
-    from nanoflow_tune.runtime.kernels import registry, triton_gemm  # noqa: F401
+    from nanoflow_tune.runtime.kernels import registry
 
     if not INTERPRETED:
         kernels.load("cuda")
+        kernels.load("experimental")
     rows, width, depth = (70, 130, 96) if INTERPRETED else (330, 1160, 1024)
     x, weight = randn(rows, depth, seed=7), randn(width, depth, seed=8)
     if INTERPRETED:
@@ -167,6 +287,116 @@ def test_gemm_variants_match_float64(num_sms, has_bias):
         registry._VARIANTS["gemm", name, "cuda"].kernel(x, weight, bias, buffer[1:-1], num_sms)
         assert relative_error(buffer[1:-1], reference) < tolerance(), name
         assert bool(buffer[0].isnan().all() and buffer[-1].isnan().all()), name
+
+
+# (rows, width, depth): one tile; fewer tiles than SMs; more, with and without a rest; a depth that
+# is no multiple of a tile's; a rest of one tile; a single k-step.
+SPLITK_SHAPES = [
+    (1, 8, 64),
+    (70, 136, 1096),
+    (300, 712, 640),
+    (260, 1024, 200),
+    (640, 256, 512),
+    (130, 264, 40),
+]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("num_sms", [1, 3, 4, 7, 16])
+@pytest.mark.parametrize("shape", SPLITK_SHAPES, ids=str)
+def test_splitk_gemm_matches_float64_and_repeats_its_bits(shape, num_sms):
+    from nanoflow_tune.runtime.kernels import registry
+    from nanoflow_tune.runtime.kernels.triton_gemm_splitk import VARIANTS
+
+    rows, width, depth = shape
+    x, weight = randn(rows, depth, seed=7), randn(width, depth, seed=8)
+    bias = randn(width, seed=9) if num_sms % 2 else None
+    reference = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    for name in VARIANTS:
+        outs = []
+        for _ in range(2):
+            out = torch.full((rows + 2, width), float("nan"), device=DEVICE, dtype=DTYPE)
+            registry._VARIANTS["gemm", name, "cuda"].kernel(x, weight, bias, out[1:-1], num_sms)
+            assert bool(out[0].isnan().all() and out[-1].isnan().all()), name
+            outs.append(out[1:-1])
+        assert relative_error(outs[0], reference) < tolerance(), name
+        assert torch.equal(outs[0], outs[1]), name
+
+
+def test_every_k_step_belongs_to_one_program_and_shares_are_equal():
+    from nanoflow_tune.runtime.kernels.triton_gemm_splitk import Division
+
+    for tiles, steps, num_sms in [
+        (256, 64, 124),
+        (256, 224, 132),
+        (7, 3, 132),
+        (64, 64, 132),
+        (132, 64, 132),
+        (1, 1, 132),
+        (131, 64, 132),
+        (5, 448, 16),
+    ]:
+        division = Division.of(tiles, steps, num_sms)
+        assert division.whole_tiles + division.split_tiles == tiles
+        assert division.whole_tiles % num_sms == 0
+        assert division.programs <= num_sms
+        if not division.split_tiles:
+            continue
+        units, programs = division.split_tiles * steps, division.split_programs
+        ends = [p * units // programs for p in range(programs + 1)]
+        lengths = [b - a for a, b in pairwise(ends)]
+        assert min(lengths) >= 1
+        assert max(lengths) - min(lengths) <= 1
+        assert max(lengths) <= steps
+        for a, b in pairwise(ends):
+            assert (b - 1) // steps - a // steps <= 1
+
+
+def test_splitk_gemm_refuses_rows_that_tma_cannot_address():
+    from nanoflow_tune.runtime.kernels import registry
+    from nanoflow_tune.runtime.kernels.triton_gemm_splitk import VARIANTS
+
+    depth = 65 if INTERPRETED else 68
+    x, weight, out = randn(8, depth), randn(16, depth), randn(8, 16)
+    with pytest.raises(ValueError, match=f"row stride of {depth} elements"):
+        registry._VARIANTS["gemm", next(iter(VARIANTS)), "cuda"].kernel(x, weight, None, out, 4)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="graphs need a GPU")
+def test_new_kernels_give_the_same_bits_in_a_cuda_graph():
+    from nanoflow_tune.runtime.kernels import registry
+    from nanoflow_tune.runtime.kernels.triton_decode_split import split_decode_attention
+    from nanoflow_tune.runtime.kernels.triton_gemm_splitk import VARIANTS
+
+    heads = HeadShape(num_qo_heads=8, num_kv_heads=2, head_dim=128)
+    operands, rows, _ = decode_operands([1, 1024, 5000, 8192], heads)
+    x, weight = randn(330, 1000, seed=7), randn(1160, 1000, seed=8)
+    out = torch.empty(330, 1160, device=DEVICE, dtype=DTYPE)
+    calls = [
+        (lambda: split_decode_attention(*operands, 24), operands[4]),
+        *(
+            (
+                lambda name=name: registry._VARIANTS["gemm", name, "cuda"].kernel(
+                    x, weight, None, out, 20
+                ),
+                out,
+            )
+            for name in VARIANTS
+        ),
+    ]
+    for call, written in calls:
+        call()
+        eager = written.clone()
+        written.zero_()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+            call()
+        graph.replay()
+        torch.cuda.synchronize()
+        chosen = rows if written is operands[4] else slice(None)
+        assert torch.equal(written[chosen], eager[chosen])
 
 
 def test_norm_adds_the_delta_and_normalises():
@@ -194,10 +424,9 @@ def test_silu_mul_matches_float64():
     assert relative_error(out, torch.nn.functional.silu(gate) * up) < tolerance()
 
 
-def test_rope_append_rotates_and_writes_the_slots():
+def test_rope_append_rotates_and_writes_the_slots(heads):
     from nanoflow_tune.runtime.kernels.triton_rows import rope_append
 
-    heads = heads_shape()
     width = heads.qo_size + 2 * heads.kv_size
     qkv = randn(3, width, seed=11)
     before = qkv.double().clone()
