@@ -19,12 +19,11 @@ from typing import cast
 
 from ..profiler.profile import EnergyModel, PairRow, Point, Profile, Row, Source
 from ..runtime.op_graph import Op, OpGraph, OpKind, RowMix
+from ..runtime.op_shapes import RESOURCE_OF_KIND, op_of_shape
 from ..search_spaces.schema import DTYPE_BYTES, Dtype, HardwareSpec
 from .kernel_grid import KernelGrid
 from .roofline import (
-    RESOURCE_OF_KIND,
     memory_share,
-    op_of_shape,
     roofline_us,
     shape_distance,
 )

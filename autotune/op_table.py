@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..profiler.profile import Profile
 from ..runtime.op_graph import Op, OpGraph, RowMix
+from ..runtime.op_shapes import shape_numbers
 from ..runtime.plan import Schedule
 from ..runtime.schedule import row_mix
 from ..search_spaces.schema import HardwareSpec
@@ -62,7 +63,7 @@ def gemm_peak(profile: Profile | None, hardware: HardwareSpec, dtype: str) -> Ge
     for row in profile.usable_rows if profile else ():
         point = row.point
         if point.kind == "gemm" and point.num_sms == hardware.num_sms and row.median_us > 0:
-            n, k = (int(size[1:]) for size in point.shape.split("_"))
+            n, k = shape_numbers(point.shape)
             flops_per_s = 2.0 * n * k * point.tokens / (row.median_us * 1e-6)
             if flops_per_s > best:
                 best = flops_per_s

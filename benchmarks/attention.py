@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 
 import ab
 
-from nanoflow_tune.profiler.cases import PAGE_SIZE, sizes_of
 from nanoflow_tune.runtime.kernels.registry import DecodeRows, HeadShape, kernel
+from nanoflow_tune.runtime.kv_cache import PAGE_SIZE
 from nanoflow_tune.runtime.op_graph import OpGraph
+from nanoflow_tune.runtime.op_shapes import shape_numbers
 from nanoflow_tune.search_spaces.loader import load_model
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def attention_cases(num_sms: int) -> list[AttentionCase]:
     cases: list[AttentionCase] = []
     for model, tp_degree in ab.MODELS:
         shape = OpGraph.build(load_model(model), tp_degree).op("decode_attention").shape
-        qo, kv, dim = sizes_of(shape)
+        qo, kv, dim = shape_numbers(shape)
         heads = HeadShape(num_qo_heads=qo, num_kv_heads=kv, head_dim=dim)
         named = [("attn_per_sm", "512 x 1024 keys", share) for share in SHARES]
         named += [

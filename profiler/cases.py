@@ -6,7 +6,6 @@ one would stay in the L2 cache.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,17 +13,13 @@ import torch
 from torch import Tensor
 
 from ..runtime.kernels.registry import DecodeRows, HeadShape, PrefillRows, kernel
+from ..runtime.kv_cache import PAGE_SIZE
+from ..runtime.op_shapes import shape_numbers
 from .energy import point_costs
 from .profile import Point
 
 Call = Callable[[], None]
-PAGE_SIZE = 16
 _ROTATED_BYTES = 150e6  # more than twice the L2 of an H200
-
-
-def sizes_of(shape: str) -> list[int]:
-    """The numbers of a shape key: `n6144_k4096` -> [6144, 4096]."""
-    return [int(text) for text in re.findall(r"\d+", shape)]
 
 
 def _no_kernel() -> None:
@@ -64,7 +59,7 @@ class CaseFactory:
         return [self._call(point, run, group, index) for index in range(num_sets)]
 
     def _call(self, point: Point, run: Callable[..., None], group: Any, index: int) -> Call:  # noqa: ANN401
-        rows, share, sizes = point.tokens, point.num_sms, sizes_of(point.shape)
+        rows, share, sizes = point.tokens, point.num_sms, shape_numbers(point.shape)
         if point.kind == "gemm":
             n, k = sizes
             x, out = self.randn(rows, k), self.randn(rows, n)
@@ -119,7 +114,9 @@ class CaseFactory:
     def _ints(self, values: Any) -> Tensor:  # noqa: ANN401 - list or range
         return torch.tensor(list(values), dtype=torch.int32, device=self._device)
 
-    def _attention_call(self, point: Point, run: Callable[..., None], sizes: list[int]) -> Call:
+    def _attention_call(
+        self, point: Point, run: Callable[..., None], sizes: tuple[int, ...]
+    ) -> Call:
         heads = HeadShape(num_qo_heads=sizes[0], num_kv_heads=sizes[1], head_dim=sizes[2])
         k_pages, v_pages = self._pool(heads)
         rows, share = point.tokens, point.num_sms

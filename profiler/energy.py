@@ -10,43 +10,28 @@ half as much again per FLOP; they would not beside others.
 
 from __future__ import annotations
 
-import re
 import statistics
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 
+from ..runtime.op_graph import OpKind, RowMix
+from ..runtime.op_shapes import op_of_shape
 from .profile import EnergyModel, Point, Profile, Row
-
-
-def _numbers(shape: str) -> list[int]:
-    return [int(text) for text in re.findall(r"\d+", shape)]
 
 
 def point_costs(point: Point, dtype_bytes: int = 2) -> tuple[float, float, float]:
     """FLOPs, memory bytes and one-way link bytes of one call at a profile point."""
-    rows, sizes = point.tokens, _numbers(point.shape)
-    if point.kind == "gemm":
-        n, k = sizes
-        return 2.0 * rows * n * k, dtype_bytes * (n * k + rows * (n + k)), 0.0
-    if point.kind == "decode_attention":
-        qo, kv, dim = sizes
-        keys = rows * point.kv_len
-        return 4.0 * qo * dim * keys, dtype_bytes * (2 * kv * dim * keys + 2 * rows * qo * dim), 0.0
-    if point.kind == "prefill_attention":
-        qo, kv, dim = sizes
-        attended = prefill_keys(point)
-        read = 2 * kv * dim * attended / 128 + 2 * rows * qo * dim
-        return 4.0 * qo * dim * attended, dtype_bytes * read, 0.0
-    if point.kind == "all_reduce":
-        hidden, ranks = sizes
-        link = dtype_bytes * 2 * (ranks - 1) / ranks * hidden * rows
-        return link / dtype_bytes / 2, dtype_bytes * 2.0 * hidden * rows, link
-    widths = {"norm": 4, "silu_mul": 3, "embedding": 2, "sampling": 1}
-    if point.kind == "rope_append":
-        qo, kv, dim = sizes
-        return 0.0, dtype_bytes * rows * 2.0 * (qo + 2 * kv) * dim, 0.0
-    return 0.0, dtype_bytes * rows * widths[point.kind] * float(sizes[0]), 0.0
+    op = op_of_shape(cast(OpKind, point.kind), point.shape, dtype_bytes)
+    is_prefill = point.kind == "prefill_attention"
+    mix = RowMix(
+        decode_tokens=0 if is_prefill else point.tokens,
+        prefill_tokens=point.tokens if is_prefill else 0,
+        decode_context_tokens=point.kv_len,
+        prefill_context_tokens=prefill_keys(point) / point.tokens if is_prefill else 0.0,
+    )
+    return op.flops(mix), op.memory_bytes(mix), op.link_bytes(mix)
 
 
 def prefill_keys(point: Point) -> float:

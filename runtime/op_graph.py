@@ -86,13 +86,6 @@ class Op:
     """Elements sent per row over the interconnect, one way (collectives)."""
     dtype_bytes: int = 2
 
-    @property
-    def gemm_shape(self) -> tuple[int, int]:
-        """(N, K) of a GEMM, read off its shape key `n{N}_k{K}`."""
-        assert self.kind == "gemm", self
-        n, k = self.shape.split("_")
-        return int(n[1:]), int(k[1:])
-
     def rows(self, mix: RowMix) -> float:
         """Rows of the mix that this op works on."""
         if self.kind == "decode_attention":

@@ -5,9 +5,10 @@ from __future__ import annotations
 from math import ceil
 
 from nanoflow_tune.autotune.cost_model import mix_of_rows
-from nanoflow_tune.autotune.roofline import op_of_shape, roofline_us
+from nanoflow_tune.autotune.roofline import roofline_us
 from nanoflow_tune.profiler.profile import EnergyModel, PairRow, Point, Profile, Row
 from nanoflow_tune.runtime.op_graph import OpGraph, RowMix
+from nanoflow_tune.runtime.op_shapes import op_of_shape, shape_numbers
 from nanoflow_tune.search_spaces.loader import load_hardware, load_model
 from nanoflow_tune.search_spaces.schema import HardwareSpec, SearchSpace
 
@@ -60,7 +61,7 @@ def fake_us(point: Point, hardware: HardwareSpec) -> float:
     rows, columns, efficiency = VARIANTS.get(point.kind, {}).get(point.variant, default)
     if point.kind != "gemm":
         return 2.0 + ideal_us / efficiency
-    n, _ = op.gemm_shape
+    n, _ = shape_numbers(op.shape)
     tiles = ceil(point.tokens / rows) * ceil(n / columns)
     wave_loss = ceil(tiles / point.num_sms) * point.num_sms / tiles
     return 2.0 + ideal_us * (0.5 + 0.5 * wave_loss) / efficiency

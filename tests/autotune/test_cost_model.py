@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from nanoflow_tune.autotune.cost_model import CostModel, mix_of_rows
-from nanoflow_tune.autotune.roofline import op_of_shape, roofline_us
+from nanoflow_tune.autotune.roofline import roofline_us
 from nanoflow_tune.profiler.profile import Profile
+from nanoflow_tune.runtime.op_shapes import op_of_shape
 
 from .fakes import MIX, SHARES, graph_of, h200, linear_profile
 
