@@ -13,7 +13,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from ..runtime.steady_state import steady_pages, steady_requests
 from ..runtime.weights import Weights, random_weights
 from .power import PowerMeter
 from .rank_jobs import IterationCase
+from .timing import timed_replays
 
 
 @dataclass(slots=True)
@@ -169,17 +169,9 @@ def _agree(counts: list[int]) -> list[int]:
 
 def _take_turn(meter: PowerMeter, executor: Executor, count: int, turn: _Turns) -> None:
     _replay(executor, max(1, count // 8))
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     torch.cuda.synchronize()
     with meter:
-        events[0].record()
-        for event in events[1:]:
-            executor.replay()
-            event.record()
-        events[count // 2].synchronize()
-        clock = meter.sm_clock_mhz
-        torch.cuda.synchronize()
-    times = [1e3 * before.elapsed_time(after) for before, after in pairwise(events)]
+        times, clock = timed_replays(executor.replay, count, meter)
     turn.times_us += times
     turn.turn_medians_us.append(statistics.median(times))
     turn.joules.append(meter.joules / count)

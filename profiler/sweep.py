@@ -11,6 +11,7 @@ import datetime
 import platform
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .grid import Grid
 from .power import PowerMeter
 from .profile import PairRow, Point, Row
 from .store import ProfileWriter
-from .timing import Batch, Timer
+from .timing import Batch, Samples, Timer
 
 FRONT, BACK = "front", "back"
 SUSTAIN_WARM_S, SUSTAIN_SAMPLE_S = 1.5, 1.5
@@ -152,21 +153,11 @@ class Sweep:
             calls = self._cases.calls(point, self._groups)
             batch = self.timer.batch(calls, self.stream(point.num_sms))
             samples = self.timer.sample(batch)
-            joules = self.timer.joules_per_call(batch, samples.median_us) if with_joules else 0.0
+            joules = self.timer.joules_per_call(batch, samples.median_us) if with_joules else nan
         except (RuntimeError, ValueError) as err:
             torch.cuda.synchronize()
-            return _failed(point, str(err).splitlines()[0])
-        return Row(
-            point=point,
-            median_us=samples.median_us,
-            p10_us=samples.percentile(0.1),
-            p90_us=samples.percentile(0.9),
-            n=len(samples.times_us),
-            joules=joules,
-            joules_source="measured" if with_joules else "missing",
-            sm_clock_mhz=samples.sm_clock_mhz,
-            watts=joules / (samples.median_us * 1e-6),
-        )
+            return _row(point, None, error=str(err).splitlines()[0])
+        return _row(point, samples, joules)
 
     def measure_collective(self, point: Point, calls_per_batch: int = 20) -> Row:
         """Time one all-reduce on all ranks at once; counts are fixed so that ranks agree."""
@@ -178,17 +169,7 @@ class Sweep:
         self.timer.heat(10.0)
         batch = Batch(calls, stream, calls_per_batch)
         samples = self.timer.sample_fixed(batch, warm=2, count=12)
-        return Row(
-            point=point,
-            median_us=samples.median_us,
-            p10_us=samples.percentile(0.1),
-            p90_us=samples.percentile(0.9),
-            n=len(samples.times_us),
-            joules=0.0,
-            joules_source="missing",
-            sm_clock_mhz=samples.sm_clock_mhz,
-            watts=0.0,
-        )
+        return _row(point, samples)
 
     def measure_pair(self, a: Point, b: Point) -> PairRow:
         """Run A and B side by side for about 0.6 s, each also alone just before."""
@@ -216,17 +197,20 @@ def _nccl_version() -> str:
     return ".".join(map(str, nccl.version()))
 
 
-def _failed(point: Point, error: str) -> Row:
+def _row(point: Point, samples: Samples | None, joules: float = nan, error: str = "") -> Row:
+    """The row of a point; no samples: it failed; joules nan: not measured, or no counter."""
+    has_joules = samples is not None and not isnan(joules)
+    median_us = samples.median_us if samples else 0.0
     return Row(
         point=point,
-        median_us=0.0,
-        p10_us=0.0,
-        p90_us=0.0,
-        n=0,
-        joules=0.0,
-        joules_source="missing",
-        sm_clock_mhz=0.0,
-        watts=0.0,
+        median_us=median_us,
+        p10_us=samples.percentile(0.1) if samples else 0.0,
+        p90_us=samples.percentile(0.9) if samples else 0.0,
+        n=len(samples.times_us) if samples else 0,
+        joules=joules if has_joules else 0.0,
+        joules_source="measured" if has_joules else "missing",
+        sm_clock_mhz=samples.sm_clock_mhz if samples else 0.0,
+        watts=joules / (median_us * 1e-6) if has_joules else 0.0,
         error=error.replace(",", ";"),
     )
 

@@ -73,6 +73,21 @@ class Batch:
         self._graph.replay()
 
 
+def timed_replays(
+    replay: Callable[[], None], count: int, meter: PowerMeter
+) -> tuple[list[float], float]:
+    """Time of each of `count` replays in a row, in us, and the SM clock half-way through them."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        replay()
+        event.record()
+    events[count // 2].synchronize()
+    clock = meter.sm_clock_mhz
+    events[-1].synchronize()
+    return [1e3 * before.elapsed_time(after) for before, after in pairwise(events)], clock
+
+
 class Timer:
     """Keeps the card warm and takes samples on it."""
 
@@ -123,33 +138,17 @@ class Timer:
         for _ in range(round(warm_ms / batch_ms)):
             batch.replay()
         count = max(5, round(sample_ms / batch_ms) + 1)
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-        events[0].record()
-        for event in events[1:]:
-            batch.replay()
-            event.record()
-        events[count // 2].synchronize()
-        clock = self.meter.sm_clock_mhz
-        events[-1].synchronize()
-        times = tuple(
-            1e3 * before.elapsed_time(after) / batch.num_calls for before, after in pairwise(events)
-        )
-        return Samples(times_us=times, sm_clock_mhz=clock)
+        return self._timed(batch, count)
 
     def sample_fixed(self, batch: Batch, warm: int, count: int) -> Samples:
         """Sample a fixed number of batches: what ranks that must stay in step use."""
         for _ in range(warm):
             batch.replay()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-        events[0].record()
-        for event in events[1:]:
-            batch.replay()
-            event.record()
-        events[-1].synchronize()
-        times = tuple(
-            1e3 * before.elapsed_time(after) / batch.num_calls for before, after in pairwise(events)
-        )
-        return Samples(times_us=times, sm_clock_mhz=self.meter.sm_clock_mhz)
+        return self._timed(batch, count)
+
+    def _timed(self, batch: Batch, count: int) -> Samples:
+        times_us, clock = timed_replays(batch.replay, count, self.meter)
+        return Samples(times_us=tuple(us / batch.num_calls for us in times_us), sm_clock_mhz=clock)
 
     def sample_together(
         self, a: Batch, b: Batch, alone_us: Sequence[float], seconds: float
