@@ -76,9 +76,9 @@ class MeasuringStage:
             command=self._command,
         )
         left = self._running().call(rank_jobs.plan_profile, job)[0]
-        if left:
-            self._say(left)
-            self._running().call(rank_jobs.run_profile, job)
+        if left.solo or left.pairs:
+            self._say(left.summary)
+            self._running().call(rank_jobs.run_profile, job, left)
         else:
             self._say("every point was measured before on this kind of GPU: nothing to do")
         return load_profile([*shipped, *([path] if path.exists() else [])])

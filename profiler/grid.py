@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 
-from ..runtime.op_graph import OpGraph
+from ..runtime.op_graph import Op, OpGraph
 from .profile import Point
 
 TOKENS = (256, 512, 1024, 1536, 2048)
@@ -60,6 +61,27 @@ class Grid:
         )
 
 
+def _points(
+    op: Op,
+    variants: Iterable[str],
+    shares: Iterable[int],
+    tokens: Iterable[int] = TOKENS,
+    kv_lens: Iterable[int] = (0,),
+) -> list[Point]:
+    """Every combination for one op, shares fastest."""
+    return [
+        Point(
+            kind=op.kind,
+            shape=op.shape,
+            variant=variant,
+            tokens=rows,
+            kv_len=kv_len,
+            num_sms=share,
+        )
+        for variant, rows, kv_len, share in product(variants, tokens, kv_lens, shares)
+    ]
+
+
 def solo_points(
     graph: OpGraph, num_sms: int, variants: Mapping[str, tuple[str, ...]]
 ) -> list[Point]:
@@ -71,37 +93,14 @@ def solo_points(
         if (op.kind, op.shape) in seen or op.kind == "all_reduce":
             continue
         seen.add((op.kind, op.shape))
-        is_decode, is_prefill = op.kind == "decode_attention", op.kind == "prefill_attention"
-        for variant in variants[op.kind]:
-            for tokens in DECODE_TOKENS if is_decode else TOKENS:
-                for kv_len in KV_LENS if is_decode or is_prefill else (0,):
-                    points += [
-                        Point(
-                            kind=op.kind,
-                            shape=op.shape,
-                            variant=variant,
-                            tokens=tokens,
-                            kv_len=kv_len,
-                            num_sms=share,
-                        )
-                        for share in shares
-                    ]
+        tokens = DECODE_TOKENS if op.kind == "decode_attention" else TOKENS
+        kv_lens = KV_LENS if op.kind in ("decode_attention", "prefill_attention") else (0,)
+        points += _points(op, variants[op.kind], shares, tokens, kv_lens)
     for op in (*graph.prologue, *graph.epilogue):
         if (op.kind, op.shape) in seen:
             continue
         seen.add((op.kind, op.shape))
-        points += [
-            Point(
-                kind=op.kind,
-                shape=op.shape,
-                variant=variant,
-                tokens=tokens,
-                kv_len=0,
-                num_sms=num_sms,
-            )
-            for variant in variants[op.kind]
-            for tokens in TOKENS
-        ]
+        points += _points(op, variants[op.kind], (num_sms,))
     return points
 
 
@@ -109,20 +108,12 @@ def collective_points(
     graph: OpGraph, num_sms: int, variants: Mapping[str, tuple[str, ...]]
 ) -> list[Point]:
     """All-reduces of the layer at every size and network share; needs all ranks."""
-    shapes = {op.shape for op in graph.layer if op.kind == "all_reduce"}
+    by_shape = {op.shape: op for op in graph.layer if op.kind == "all_reduce"}
+    shares = (*NETWORK_SHARES, num_sms)
     return [
-        Point(
-            kind="all_reduce",
-            shape=shape,
-            variant=variant,
-            tokens=tokens,
-            kv_len=0,
-            num_sms=share,
-        )
-        for shape in sorted(shapes)
-        for variant in variants["all_reduce"]
-        for tokens in TOKENS
-        for share in (*NETWORK_SHARES, num_sms)
+        point
+        for _, op in sorted(by_shape.items())
+        for point in _points(op, variants["all_reduce"], shares)
     ]
 
 
@@ -134,15 +125,7 @@ def pair_points(
     pairs: list[tuple[Point, Point]] = []
 
     def point(op_name: str, variant: str, tokens: int, kv_len: int, share: int) -> Point:
-        op = graph.op(op_name)
-        return Point(
-            kind=op.kind,
-            shape=op.shape,
-            variant=variant,
-            tokens=tokens,
-            kv_len=kv_len,
-            num_sms=share,
-        )
+        return _points(graph.op(op_name), (variant,), (share,), (tokens,), (kv_len,))[0]
 
     def beside_decode(op_name: str, variant: str, kv_len: int, share: int) -> None:
         attention = point(decode.name, variants["decode_attention"][0], 512, 1024, num_sms - share)
@@ -167,17 +150,7 @@ def sustained_points(
     largest = max(
         (op for op in graph.layer if op.kind == "gemm"), key=lambda op: op.weight_elements
     )
-    return [
-        Point(
-            kind="gemm",
-            shape=largest.shape,
-            variant=variant,
-            tokens=max(TOKENS),
-            kv_len=0,
-            num_sms=num_sms,
-        )
-        for variant in variants["gemm"][:2]
-    ]
+    return _points(largest, variants["gemm"][:2], (num_sms,), (max(TOKENS),))
 
 
 def make_grid(

@@ -97,24 +97,27 @@ def look_around(ctx: RankContext) -> list[str]:
     return notes
 
 
-def plan_profile(ctx: RankContext, job: ProfileJob) -> str:
-    """What `run_profile` would measure, with the predicted minutes; empty when nothing is left."""
-    left = left_to_measure(job, _variants())
-    return left.summary if left.solo or left.pairs else ""
+def plan_profile(ctx: RankContext, job: ProfileJob) -> Grid:
+    """What is left of a job, for `run_profile`."""
+    return left_to_measure(job, _variants())
 
 
-def run_profile(ctx: RankContext, job: ProfileJob) -> None:
-    """Measure what is left of a job; rank 0 writes, all ranks take part in collectives."""
+def run_profile(ctx: RankContext, job: ProfileJob, left: Grid) -> None:
+    """Measure what is left of a job; rank 0 writes, all ranks take part in collectives.
+
+    All ranks are given the same grid: they must run the same collectives.
+    """
     import gc
     import sys
 
     import torch
 
+    from ..runtime import kernels
     from ..runtime.device import lane_groups
     from .power import PowerMeter
     from .sweep import Sweep, run_collectives, run_sweep
 
-    left = left_to_measure(job, _variants())
+    kernels.load("cuda")
     torch.cuda.set_device(ctx.rank)
     groups = lane_groups(ctx, ())
     sweep = Sweep(

@@ -14,7 +14,7 @@ from .executor import Resources
 from .kernels.collectives import make_groups
 from .launch import RankContext
 from .op_graph import OpGraph
-from .partition_layout import GroupRange, Slot, layout
+from .partition_layout import GroupRange, Slot, concurrent_slots, layout
 from .plan import Schedule
 from .schedule import concurrent_pairs
 from .sm_partition import SmPartitions
@@ -38,12 +38,12 @@ def device_resources(
     slots: dict[Slot, GroupRange] = {}
     concurrent: set[tuple[Slot, Slot]] = set()
     for schedule in schedules:
-        for slot, groups_of_slot in layout(
-            schedule, graph, hardware.num_sms, partitions.split
-        ).items():
+        pairs = concurrent_pairs(schedule, graph)
+        placed = layout(schedule, pairs, hardware.num_sms, partitions.split)
+        for slot, groups_of_slot in placed.items():
             if slots.setdefault(slot, groups_of_slot) != groups_of_slot:
                 raise ValueError(f"lane {slot[0]} on {slot[1]} SMs is placed in two ways")
-        concurrent |= concurrent_slots(schedule, graph)
+        concurrent |= concurrent_slots(schedule, pairs)
     view = partitions.view(slots)
     audited: set[Any] = ctx.state.setdefault("audited", set())
     key = (frozenset(slots.items()), frozenset(concurrent))
@@ -63,13 +63,3 @@ def lane_groups(ctx: RankContext, schedules: Sequence[Schedule]) -> Mapping[str,
         if lane not in groups:
             groups[lane] = make_groups(ctx.world_size)
     return groups
-
-
-def concurrent_slots(schedule: Schedule, graph: OpGraph) -> set[tuple[Slot, Slot]]:
-    """Pairs of (lane, share) that can run at the same time under a schedule."""
-    nano_ops = schedule.nano_ops
-    pairs = {
-        ((nano_ops[a].lane, nano_ops[a].num_sms), (nano_ops[b].lane, nano_ops[b].num_sms))
-        for a, b in concurrent_pairs(schedule, graph)
-    }
-    return {(a, b) for a, b in pairs if a != b}

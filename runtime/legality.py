@@ -24,7 +24,8 @@ def check(schedule: Schedule, graph: OpGraph, num_sms: int, sm_granularity: int)
     _check_coverage(schedule, graph)
     for name, nano_op in zip(schedule.ids, schedule.nano_ops, strict=True):
         _check_share(name, nano_op.num_sms, num_sms, sm_granularity)
-    for group in share_conflicts(schedule, concurrent_pairs(schedule, graph), num_sms):
+    pairs = concurrent_pairs(schedule, graph)
+    for group in share_conflicts(schedule, pairs, num_sms):
         shares = " and ".join(
             f"{schedule.ids[index]} on {schedule.nano_ops[index].num_sms} SMs" for index in group
         )
@@ -32,7 +33,7 @@ def check(schedule: Schedule, graph: OpGraph, num_sms: int, sm_granularity: int)
             f"{shares} can run at the same time, but the GPU has {num_sms}: lower a share, or "
             "order them with `after`"
         )
-    layout(schedule, graph, num_sms, SmSplit.expected(num_sms, sm_granularity))
+    layout(schedule, pairs, num_sms, SmSplit.expected(num_sms, sm_granularity))
 
 
 def share_conflicts(
@@ -120,7 +121,7 @@ def serialize_conflicts(
         conflicts = share_conflicts(schedule, pairs, num_sms)
         if not conflicts:
             try:
-                layout(schedule, graph, num_sms, SmSplit.expected(num_sms, sm_granularity))
+                layout(schedule, pairs, num_sms, SmSplit.expected(num_sms, sm_granularity))
             except IllegalScheduleError:
                 conflicts = _between_smallest_lanes(schedule, pairs)
             else:

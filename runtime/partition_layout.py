@@ -9,11 +9,11 @@ at the same time must not meet; that is checked here and again on the device by 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .op_graph import OpGraph
-from .plan import Schedule
-from .schedule import IllegalScheduleError, concurrent_pairs
+from .plan import NanoOp, Schedule
+from .schedule import IllegalScheduleError
 
 Slot = tuple[str, int]
 """(lane, num_sms)."""
@@ -77,27 +77,45 @@ def _lane_rank(lane: str) -> tuple[int, str]:
     return rank, lane
 
 
+def slot_of(nano_op: NanoOp) -> Slot:
+    """The (lane, share) that a nano-op runs on."""
+    return nano_op.lane, nano_op.num_sms
+
+
+def concurrent_slots(
+    schedule: Schedule, pairs: Iterable[tuple[int, int]]
+) -> set[tuple[Slot, Slot]]:
+    """Pairs of different slots that can run at the same time.
+
+    Args:
+        schedule: whose nano-ops are meant.
+        pairs: its `concurrent_pairs`.
+    """
+    slots = [slot_of(nano_op) for nano_op in schedule.nano_ops]
+    return {(slots[a], slots[b]) for a, b in pairs if slots[a] != slots[b]}
+
+
 def layout(
-    schedule: Schedule, graph: OpGraph, num_sms: int, split: SmSplit
+    schedule: Schedule, pairs: Iterable[tuple[int, int]], num_sms: int, split: SmSplit
 ) -> dict[Slot, GroupRange]:
-    """Place every (lane, share) below the whole GPU of `num_sms`.
+    """Place every (lane, share) below the whole GPU.
+
+    Args:
+        schedule: what to place.
+        pairs: its `concurrent_pairs`.
+        num_sms: of the whole GPU.
+        split: groups that the driver makes of them.
 
     Raises:
         IllegalScheduleError: two shares that can run at once do not fit side by side.
     """
-    nano_ops = schedule.nano_ops
     meets: dict[Slot, set[Slot]] = {}
-    for a, b in concurrent_pairs(schedule, graph):
-        first, second = (
-            (nano_ops[a].lane, nano_ops[a].num_sms),
-            (nano_ops[b].lane, nano_ops[b].num_sms),
-        )
-        if first != second:
-            meets.setdefault(first, set()).add(second)
-            meets.setdefault(second, set()).add(first)
+    for first, second in concurrent_slots(schedule, pairs):
+        meets.setdefault(first, set()).add(second)
+        meets.setdefault(second, set()).add(first)
     lanes = sorted(schedule.lanes, key=_lane_rank)
     placed: dict[Slot, GroupRange] = {}
-    slots = {(op.lane, op.num_sms) for op in nano_ops if op.num_sms != num_sms}
+    slots = {slot_of(nano_op) for nano_op in schedule.nano_ops if nano_op.num_sms != num_sms}
     order = sorted(slots, key=lambda slot: (_placement_turn(slot[0], lanes), -slot[1]))
     for slot in order:
         lane, share = slot

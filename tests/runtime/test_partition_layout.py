@@ -31,6 +31,10 @@ def schedule(graph, compute, memory, network=8):
     )
 
 
+def place(plan, graph):
+    return layout(plan, concurrent_pairs(plan, graph), 132, H200)
+
+
 def sms(groups, split=H200):
     start, end = groups.start * split.granularity, groups.end * split.granularity
     rest = range(split.num_groups * split.granularity, 132) if groups.has_remainder else ()
@@ -46,7 +50,7 @@ def test_an_h200_splits_into_15_groups_and_12_left_over():
 def test_every_share_and_its_complement_fit_side_by_side(memory):
     graph = OpGraph.build(load_model("llama3-8b"), 1)
     plan = schedule(graph, 132 - memory, memory)
-    placed = layout(plan, graph, 132, H200)
+    placed = place(plan, graph)
     for slot, groups in placed.items():
         assert len(sms(groups)) == slot[1]
     for a, b in concurrent_pairs(plan, graph):
@@ -60,8 +64,8 @@ def test_every_share_and_its_complement_fit_side_by_side(memory):
 def test_three_lanes_that_fit_pairwise_but_not_together_are_refused():
     graph = OpGraph.build(load_model("llama2-70b"), 2)
     with pytest.raises(IllegalScheduleError, match=r"lane network on 16 SMs does not fit.*lower"):
-        layout(schedule(graph, 100, 32, 16), graph, 132, H200)
-    placed = layout(schedule(graph, 84, 32, 16), graph, 132, H200)
+        place(schedule(graph, 100, 32, 16), graph)
+    placed = place(schedule(graph, 84, 32, 16), graph)
     assert len(set.union(*(sms(groups) for groups in placed.values()))) == 132
 
 
