@@ -99,7 +99,7 @@ def power_floor_us(dynamic_joules: float, hardware: HardwareSpec, energy: Energy
     """Least time, in us, for so many dynamic joules of one GPU that is worth believing.
 
     The power limit less the error of its model (at least 10 %, as dynamic joules fall with the
-    clocks). Predictions are never below it: this matters where no pairs were measured.
+    clocks). The structure MILP looks at no period below it.
     """
     error = max(0.1, energy.relative_error)
     return 1e6 * (1 - error) * dynamic_joules / max(1.0, hardware.power_cap_w - energy.static_w)

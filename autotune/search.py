@@ -140,11 +140,14 @@ class _Search:
                 network_sms=network,
                 order=order,
             )
-            schedule = ping_pong(
-                self.graph, self.cost_model, self.mix, choice, "overlapped_ping_pong"
-            )
+            try:
+                schedule = ping_pong(
+                    self.graph, self.cost_model, self.mix, choice, "overlapped_ping_pong"
+                )
+            except IllegalScheduleError:
+                continue  # its shares find no places, in any order
             if not self.is_legal(schedule):
-                continue  # three lanes that fit in pairs only
+                continue
             timing = predict(schedule, self.graph, self.cost_model, self.mix)
             found.append((choice, Candidate(schedule=schedule, predicted=timing)))
         if not found:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..runtime.op_graph import OpGraph, RowMix
 from ..runtime.plan import Schedule
+from ..runtime.schedule import IllegalScheduleError
 from ..search_spaces.schema import SearchSpace
 from .cost_model import CostModel
 from .milp import Certificate, Model, Solution, issue_order, phases
@@ -34,6 +35,9 @@ def find_structure(
         seed: of the solver.
         known: schedules to start from, best first; the first that fits the candidates is used.
         least_batches: 2 leaves out the single nano-batch.
+
+    Returns:
+        No schedule when the solver found none, or one that no SM partition can hold.
     """
     splits = split_candidates(space, mix, least_batches)
     starts = (start_from(schedule, graph, cost_model, mix, splits) for schedule in known)
@@ -48,7 +52,11 @@ def find_structure(
     )
     if solution is None:
         return None, certificate
-    return schedule_of(solution, splits[solution.split], graph, cost_model, mix), certificate
+    try:
+        schedule = schedule_of(solution, splits[solution.split], graph, cost_model, mix)
+    except IllegalScheduleError:  # its shares find no places, in any order
+        return None, certificate
+    return schedule, certificate
 
 
 def schedule_of(
