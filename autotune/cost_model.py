@@ -19,8 +19,9 @@ from typing import cast
 
 from ..profiler.profile import EnergyModel, PairRow, Point, Profile, Row, Source
 from ..runtime.op_graph import Op, OpGraph, OpKind, RowMix
-from ..runtime.op_shapes import RESOURCE_OF_KIND, op_of_shape
+from ..runtime.op_shapes import RESOURCE_OF_KIND, moved_bytes, op_of_shape
 from ..search_spaces.schema import DTYPE_BYTES, Dtype, HardwareSpec
+from .composed_rows import with_composed_rows
 from .kernel_grid import KernelGrid
 from .roofline import (
     memory_share,
@@ -28,7 +29,11 @@ from .roofline import (
     shape_distance,
 )
 
-DEFAULT_VARIANTS: dict[OpKind, str] = {"gemm": "cublas", "all_reduce": "nccl"}
+DEFAULT_VARIANTS: dict[OpKind, str] = {
+    "gemm": "cublas",
+    "gemm_silu": "cublas",
+    "all_reduce": "nccl",
+}
 """Kernel named in a plan where nothing was measured; `triton` for every other kind."""
 
 H200_ENERGY = EnergyModel(
@@ -57,7 +62,7 @@ class CostModel:
     def __init__(
         self, profile: Profile | None, hardware: HardwareSpec, dtype: str | None = None
     ) -> None:
-        self.profile = profile
+        self.profile = profile = with_composed_rows(profile) if profile else None
         self.hardware = hardware
         self.dtype = dtype or (profile.dtype if profile else "bfloat16")
         self.energy = energy_model(profile, hardware)
@@ -116,26 +121,25 @@ class CostModel:
         shape = self._nearest_shape(op.kind, op.shape, variant)
         target_us = roofline_us(op, mix, num_sms, self.hardware, self.dtype)
         if shape is None:
-            return Estimate(target_us, self._joules(op, mix, target_us), "roofline")
+            return Estimate(target_us, self._joules(op, mix, target_us, variant), "roofline")
         grid = self._grids[op.kind, shape, variant]
         time = grid.time(rows, kv_len, num_sms)
         if shape != op.shape:
             twin_us = self._roofline_at(op.kind, shape, rows, kv_len, num_sms)
             us = time.us * target_us / twin_us
-            return Estimate(us, self._joules(op, mix, us), "interpolated")
+            return Estimate(us, self._joules(op, mix, us, variant), "interpolated")
         if not time.is_measured:
-            return Estimate(time.us, self._joules(op, mix, time.us), "interpolated")
+            return Estimate(time.us, self._joules(op, mix, time.us, variant), "interpolated")
         row = grid.rows[int(rows), int(kv_len), num_sms]
         has_joules = row.joules_source != "missing" and row.joules > 0
-        joules = row.joules if has_joules else self._joules(op, mix, time.us)
+        joules = row.joules if has_joules else self._joules(op, mix, time.us, variant)
         return Estimate(time.us, joules, row.source)
 
-    def _joules(self, op: Op, mix: RowMix, us: float) -> float:
+    def _joules(self, op: Op, mix: RowMix, us: float, variant: str) -> float:
         if self.energy is None:
             return 0.0
-        dynamic = self.energy.dynamic_joules(
-            op.flops(mix), op.memory_bytes(mix), op.link_bytes(mix)
-        )
+        memory_bytes = moved_bytes(op, mix, variant)
+        dynamic = self.energy.dynamic_joules(op.flops(mix), memory_bytes, op.link_bytes(mix))
         return dynamic + self.energy.static_w * us * 1e-6
 
     def _build_grids(self) -> dict[tuple[OpKind, str, str], KernelGrid]:

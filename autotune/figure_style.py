@@ -18,7 +18,7 @@ PALETTE = {
     "decode attention": "#D55E00",
     "prefill attention": "#E69F00",
     "collective": "#009E73",
-    "norm, rotary, SiLU": "#7F7F7F",
+    "norm, rotary": "#7F7F7F",
 }
 """Colour of each class of ops, in the order of the legend."""
 INK, MUTED, GRID = "#1b1f24", "#57606a", "#d8dee4"
@@ -40,11 +40,12 @@ def op_class(kind: OpKind) -> str:
     """Class of an op kind in `PALETTE`."""
     classes: dict[OpKind, str] = {
         "gemm": "GEMM",
+        "gemm_silu": "GEMM",
         "decode_attention": "decode attention",
         "prefill_attention": "prefill attention",
         "all_reduce": "collective",
     }
-    return classes.get(kind, "norm, rotary, SiLU")
+    return classes.get(kind, "norm, rotary")
 
 
 def draw_header(figure: Figure, title: str, subtitle: str) -> None:

@@ -40,7 +40,6 @@ SHORT = {
     "attn_all_reduce": "AR",
     "ffn_all_reduce": "AR",
     "rope_append": "rope",
-    "silu_mul": "SiLU",
     "attn_norm": "norm",
     "ffn_norm": "norm",
 }

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
-from ..runtime.op_graph import Op, OpGraph, RowMix
+from ..runtime.op_graph import GEMM_KINDS, Op, OpGraph, RowMix
 from ..runtime.plan import NanoBatch
 from ..search_spaces.schema import HardwareSpec, RowOrder, SearchSpace
 from .bounds import power_floor_us
@@ -230,7 +230,7 @@ def mean_slowdown(op: Op, share: int, cost_model: CostModel, graph: OpGraph) -> 
 @cache
 def _typical_ops(graph: OpGraph) -> tuple[Op, ...]:
     """The heaviest GEMM, decode attention, and a collective where there is one."""
-    gemms = [op for op in graph.layer if op.kind == "gemm"]
+    gemms = [op for op in graph.layer if op.kind in GEMM_KINDS]
     heaviest = sorted(gemms, key=lambda op: op.weight_elements)[-1:]
     others = {op.kind: op for op in graph.layer if lane_of(op) != COMPUTE}
     return (*heaviest, *others.values())

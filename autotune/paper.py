@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..runtime.op_graph import OpGraph, RowMix
+from ..runtime.op_shapes import op_of_shape
 from ..search_spaces.schema import HardwareSpec, ModelSpec, WorkloadSpec
 
 
@@ -151,6 +152,7 @@ def table2(
     number of GPUs) and the collectives summed over GPUs. Where it departs from what the op graph
     holds to be true of our kernels, its own count is used here and named:
 
+    - UG is a GEMM that writes both products, without the activation;
     - prefill attention attends to the whole prompt, without causal halving;
     - attention moves the fused projection's output in, its own output out, and the keys and
       values of earlier tokens once (`_attention_memory_bytes`);
@@ -164,15 +166,17 @@ def table2(
         prefill_context_tokens=workload.prompt_tokens,
     )
     whole = OpGraph.build(model, tp_degree=1)
-    rows = [
-        Table2Row(
-            name=name,
-            flops=whole.num_layers * whole.op(op).flops(mix),
-            memory_bytes=whole.num_layers * whole.op(op).memory_bytes(mix),
-            link_bytes=0.0,
+    rows: list[Table2Row] = []
+    for name, op in (("KQV", "kqv"), ("O", "o_proj"), ("UG", "up_gate"), ("D", "down")):
+        gemm = op_of_shape("gemm", whole.op(op).shape, model.dtype_bytes)
+        rows.append(
+            Table2Row(
+                name=name,
+                flops=whole.num_layers * gemm.flops(mix),
+                memory_bytes=whole.num_layers * gemm.memory_bytes(mix),
+                link_bytes=0.0,
+            )
         )
-        for name, op in (("KQV", "kqv"), ("O", "o_proj"), ("UG", "up_gate"), ("D", "down"))
-    ]
     cached_decode = mix.decode_tokens * mix.decode_context_tokens
     cached_prefill = workload.prompt_tokens / 2
     for name, op, tokens, cached_tokens in (

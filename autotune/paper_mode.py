@@ -131,9 +131,9 @@ def figure_6(graph: OpGraph, mix: RowMix) -> Schedule:
     run("attn_all_reduce", first, NETWORK, 2)
     run("o_proj", second, COMPUTE, 8)
     run("attn_all_reduce", second, NETWORK, 1)
-    run("ffn_norm up_gate silu_mul down", first, COMPUTE, 9)
+    run("ffn_norm up_gate down", first, COMPUTE, 9)
     run("ffn_all_reduce", first, NETWORK, 1)
-    run("ffn_norm up_gate silu_mul down", second, COMPUTE, 9)
+    run("ffn_norm up_gate down", second, COMPUTE, 9)
     for rows in quarters[2:]:
         run("ffn_all_reduce", rows, NETWORK, 2)
     schedule = Schedule(name="figure_6", nano_batches=batches, nano_ops=tuple(nano_ops))

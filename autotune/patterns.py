@@ -18,7 +18,7 @@ from functools import cache
 from itertools import accumulate
 
 from ..runtime.legality import serialize_conflicts
-from ..runtime.op_graph import Dependency, Op, OpGraph, RowMix
+from ..runtime.op_graph import GEMM_KINDS, Dependency, Op, OpGraph, RowMix
 from ..runtime.plan import Lane, NanoBatch, NanoOp, Schedule
 from ..search_spaces.schema import HardwareSpec, RowOrder, SearchSpace
 from .cost_model import CostModel
@@ -62,7 +62,7 @@ class MacroOp:
     @property
     def name(self) -> str:
         """Its heaviest op: the last GEMM, or simply the last."""
-        gemms = [op.name for op in self.ops if op.kind == "gemm"]
+        gemms = [op.name for op in self.ops if op.kind in GEMM_KINDS]
         return (gemms or [op.name for op in self.ops])[-1]
 
 
@@ -90,12 +90,12 @@ def _extends(group: Sequence[Op], op: Op, graph: OpGraph) -> bool:
         for dependency in other.dependencies
         if dependency == Dependency(last.name, 0, dependency.reach)
     ]
-    is_second_gemm = op.kind == "gemm" and any(member.kind == "gemm" for member in group)
+    gemms = [member for member in (*group, op) if member.kind in GEMM_KINDS]
     return (
         lane_of(op) == lane_of(last)
         and op.dependencies == (Dependency(last.name),)
         and consumers == [op.name]
-        and not is_second_gemm
+        and len(gemms) <= 1
     )
 
 

@@ -22,6 +22,7 @@ from functools import cached_property
 
 from ..profiler.profile import Source
 from ..runtime.op_graph import OpGraph, RowMix
+from ..runtime.op_shapes import moved_bytes
 from ..runtime.plan import Schedule, Timing
 from ..runtime.schedule import Instance, row_mix, unroll
 from .cost_model import CostModel, Estimate
@@ -151,9 +152,8 @@ class Simulator:
         layer_j = 0.0
         for op, nano_op in zip(self._ops, self.schedule.nano_ops, strict=True):
             rows = row_mix(self.schedule, nano_op.tokens, *contexts)
-            layer_j += energy.dynamic_joules(
-                op.flops(rows), op.memory_bytes(rows), op.link_bytes(rows)
-            )
+            memory_bytes = moved_bytes(op, rows, nano_op.variant)
+            layer_j += energy.dynamic_joules(op.flops(rows), memory_bytes, op.link_bytes(rows))
         overhead_j = max(0.0, overhead.joules - overhead.us * static_j_per_us)
         return layer_j * self.graph.num_layers + overhead_j + period_us * static_j_per_us
 

@@ -65,14 +65,16 @@ class CaseFactory:
             x, out = self.randn(rows, k), self.randn(rows, n)
             weight = self._weight(point.shape, n, k, index)
             return lambda: run(x, weight, None, out, share)
+        if point.kind == "gemm_silu":
+            n, k = sizes
+            x, scratch, out = (self.randn(rows, width) for width in (k, n, n // 2))
+            weight = self._weight(point.shape, n, k, index)
+            return lambda: run(x, weight, scratch, out, share)
         if point.kind == "norm":
             x, delta, out = (self.randn(rows, sizes[0]) for _ in range(3))
             delta.mul_(1e-3)
             weight = self.randn(sizes[0])
             return lambda: run(x, delta, weight, out, 1e-5, share)
-        if point.kind == "silu_mul":
-            up_gate, out = self.randn(rows, 2 * sizes[0]), self.randn(rows, sizes[0])
-            return lambda: run(up_gate, out, share)
         if point.kind == "all_reduce":
             x = self.randn(rows, sizes[0])
             return lambda: run(x, group, share)

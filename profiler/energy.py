@@ -17,12 +17,15 @@ from typing import cast
 import numpy as np
 
 from ..runtime.op_graph import OpKind, RowMix
-from ..runtime.op_shapes import op_of_shape
+from ..runtime.op_shapes import moved_bytes, op_of_shape
 from .profile import EnergyModel, Point, Profile, Row
 
 
 def point_costs(point: Point, dtype_bytes: int = 2) -> tuple[float, float, float]:
-    """FLOPs, memory bytes and one-way link bytes of one call at a profile point."""
+    """FLOPs, memory bytes and one-way link bytes of one call at a profile point.
+
+    Bytes are those that the variant moves, the scratch buffer of an unfused one included.
+    """
     op = op_of_shape(cast(OpKind, point.kind), point.shape, dtype_bytes)
     is_prefill = point.kind == "prefill_attention"
     mix = RowMix(
@@ -31,7 +34,7 @@ def point_costs(point: Point, dtype_bytes: int = 2) -> tuple[float, float, float
         decode_context_tokens=point.kv_len,
         prefill_context_tokens=prefill_keys(point) / point.tokens if is_prefill else 0.0,
     )
-    return op.flops(mix), op.memory_bytes(mix), op.link_bytes(mix)
+    return op.flops(mix), moved_bytes(op, mix, point.variant), op.link_bytes(mix)
 
 
 def prefill_keys(point: Point) -> float:

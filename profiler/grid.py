@@ -9,10 +9,10 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
-from ..runtime.op_graph import Op, OpGraph
+from ..runtime.op_graph import GEMM_KINDS, Op, OpGraph
 from .profile import Point
 
 TOKENS = (256, 512, 1024, 1536, 2048)
@@ -139,18 +139,16 @@ def pair_points(
     beside_decode("o_proj", persistent[0], 0, 100)
     beside_decode("kqv", persistent[0], 0, 100)
     beside_decode("prefill_attention", variants["prefill_attention"][0], 512, 100)
-    beside_decode("silu_mul", variants["silu_mul"][0], 0, 100)
     return pairs
 
 
 def sustained_points(
     graph: OpGraph, num_sms: int, variants: Mapping[str, tuple[str, ...]]
 ) -> list[Point]:
-    """The largest GEMM of the layer on the whole GPU, by the first two variants."""
-    largest = max(
-        (op for op in graph.layer if op.kind == "gemm"), key=lambda op: op.weight_elements
-    )
-    return _points(largest, variants["gemm"][:2], (num_sms,), (max(TOKENS),))
+    """The largest GEMM of the layer, epilogue left out, on all SMs by the first two variants."""
+    gemms = [op for op in graph.layer if op.kind in GEMM_KINDS]
+    largest = max(gemms, key=lambda op: op.weight_elements)
+    return _points(replace(largest, kind="gemm"), variants["gemm"][:2], (num_sms,), (max(TOKENS),))
 
 
 def make_grid(

@@ -71,11 +71,11 @@ def _variants() -> dict[str, tuple[str, ...]]:
     kernels.load("cuda")
     kinds = (
         "gemm",
+        "gemm_silu",
         "norm",
         "rope_append",
         "decode_attention",
         "prefill_attention",
-        "silu_mul",
         "all_reduce",
     )
     named: dict[str, tuple[str, ...]] = {

@@ -1,8 +1,8 @@
 """Proves, nano-op by nano-op, that a kernel writes its own rows, all of them, and nothing else.
 
-A shadow holds what every byte should be. Before a nano-op its pure outputs are poisoned with NaN;
-after it, its own rows are copied to the shadow, and then buffers, guard rows and the layer's cache
-pages must equal the shadow bit by bit, and no poison may be left in its rows.
+A shadow holds what every byte should be. Before a nano-op its pure outputs and its scratch rows are
+poisoned with NaN; after it, its own rows are copied to the shadow, and then buffers, guard rows and
+the layer's cache pages must equal the shadow bit by bit, and no poison may be left in its outputs.
 
 Shape legend: T rows of the dense batch, R rows of one nano-op.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .binding import IN_PLACE, OUTPUTS
+from .binding import IN_PLACE, OUTPUTS, SCRATCH
 from .buffers import GUARD_ROWS
 from .executor import Executor
 from .schedule import Instance
@@ -60,7 +60,7 @@ class _Auditor:
         if not self._shadow:  # the embedding has just written the residual
             self._shadow = {name: rows.clone() for name, rows in self._guarded.items()}
         op = self._op(instance)
-        for name in OUTPUTS[op]:
+        for name in (*OUTPUTS[op], *SCRATCH.get(op, ())):
             if name not in IN_PLACE.get(op, ()):
                 self._buffers[name][self._rows(instance)] = float("nan")
 
@@ -68,6 +68,7 @@ class _Auditor:
         op, rows_R = self._op(instance), self._rows(instance)
         for name in OUTPUTS[op]:
             self._check_written(instance, name, rows_R)
+        for name in (*OUTPUTS[op], *SCRATCH.get(op, ())):
             self._shadow[name][rows_R + GUARD_ROWS] = self._buffers[name][rows_R]
         for name, guarded in self._guarded.items():
             if not same_bits(guarded, self._shadow[name]):

@@ -34,8 +34,7 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
     "o_proj": ("o_TD",),
     "attn_all_reduce": ("o_TD",),
     "ffn_norm": ("residual_TD", "normed_TD"),
-    "up_gate": ("up_gate_T2F",),
-    "silu_mul": ("act_TF",),
+    "up_gate": ("act_TF",),
     "down": ("ffn_TD",),
     "ffn_all_reduce": ("ffn_TD",),
 }
@@ -50,10 +49,12 @@ IN_PLACE: dict[str, tuple[str, ...]] = {
 }
 """Buffers among them that the op also reads."""
 
+SCRATCH: dict[str, tuple[str, ...]] = {"up_gate": ("up_gate_T2F",)}
+"""Buffers that the op may write in its own rows and that no other op reads."""
+
 _GEMMS: dict[str, tuple[str, str, str]] = {
     "kqv": ("normed_TD", "kqv_CD", "qkv_TC"),
     "o_proj": ("attn_TQ", "o_proj_DQ", "o_TD"),
-    "up_gate": ("normed_TD", "up_gate_2FD", "up_gate_T2F"),
     "down": ("act_TF", "down_DF", "ffn_TD"),
 }
 """Op -> input buffer, weight, output buffer."""
@@ -90,13 +91,12 @@ class Binder:
                 return self._norm(kernel, nano_op, layer)
             case "gemm":
                 return self._gemm(kernel, nano_op, layer)
+            case "gemm_silu":
+                return self._gemm_silu(kernel, nano_op, layer)
             case "rope_append":
                 return self._rope_append(kernel, nano_op, layer)
             case "decode_attention" | "prefill_attention":
                 return self._attention(kernel, nano_op, layer)
-            case "silu_mul":
-                rows = self._rows(nano_op)
-                return partial(kernel, rows["up_gate_T2F"], rows["act_TF"], nano_op.num_sms)
             case "all_reduce":
                 (name,) = OUTPUTS[nano_op.op]
                 return partial(
@@ -134,6 +134,12 @@ class Binder:
         return partial(
             kernel, rows[x], getattr(weights, weight), bias_C, rows[out], nano_op.num_sms
         )
+
+    def _gemm_silu(self, kernel: registry.Kernel, nano_op: NanoOp, layer: int) -> Launch:
+        rows = self._rows(nano_op)
+        weight_2FD = self.weights.layers[layer].up_gate_2FD
+        scratch_T2F, act_TF = rows["up_gate_T2F"], rows["act_TF"]
+        return partial(kernel, rows["normed_TD"], weight_2FD, scratch_T2F, act_TF, nano_op.num_sms)
 
     def _rope_append(self, kernel: registry.Kernel, nano_op: NanoOp, layer: int) -> Launch:
         start, end = nano_op.tokens

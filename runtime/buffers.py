@@ -28,6 +28,7 @@ class Buffers:
     o_TD: Tensor
     """Output projection, then its sum over the ranks."""
     up_gate_T2F: Tensor
+    """Scratch of the `up_gate` variants that are not fused."""
     act_TF: Tensor
     ffn_TD: Tensor
     """Down projection, then its sum over the ranks."""

@@ -73,7 +73,8 @@ def _check_coverage(schedule: Schedule, graph: OpGraph) -> None:
     for nano_op in schedule.nano_ops:
         if nano_op.op not in ranges:
             raise IllegalScheduleError(
-                f"unknown op {nano_op.op!r}; this graph has {', '.join(graph.op_names)}"
+                f"unknown op {nano_op.op!r}; this graph has {', '.join(graph.op_names)}. A plan "
+                "made for other ops, by another version say, cannot run: tune again"
             )
         ranges[nano_op.op].append(nano_op.tokens)
     total = schedule.dense_batch_tokens

@@ -7,7 +7,7 @@ Notation (paper arXiv 2408.12757 section 3.1 -> here)
     B_dense     rows of the dense batch: every decoding request gives one row, every prefilling
                 request as many rows as it has prompt tokens in this iteration
     D_model     hidden_size;  L  num_layers;  S_type  dtype_bytes;  N_GPU  tp_degree
-    KQV, O, UG, D        kqv, o_proj, up_gate, down
+    KQV, O, UG, D        kqv, o_proj, up_gate (with its SiLU), down
     DecAttn, PfAttn      decode_attention, prefill_attention
     Attn.AR, UGD.AR      attn_all_reduce, ffn_all_reduce (the 2 x AR form)
 """
@@ -24,6 +24,7 @@ OpKind = Literal[
     "embedding",
     "norm",
     "gemm",
+    "gemm_silu",
     "rope_append",
     "decode_attention",
     "prefill_attention",
@@ -31,6 +32,9 @@ OpKind = Literal[
     "all_reduce",
     "sampling",
 ]
+"""`silu_mul` is the kind of rows in profiles from before `gemm_silu`; no op of a graph has it."""
+GEMM_KINDS: tuple[OpKind, ...] = ("gemm", "gemm_silu")
+"""Kinds that multiply each row by every weight."""
 Reach = Literal["range", "prefix"]
 
 
@@ -105,13 +109,14 @@ class Op:
     def flops(self, mix: RowMix) -> float:
         """Floating-point operations: 2 per weight and row, 4 x heads x head_dim per key."""
         rows = self.rows(mix)
-        gemm = 2.0 * self.weight_elements * rows if self.kind == "gemm" else 0.0
+        gemm = 2.0 * self.weight_elements * rows if self.kind in GEMM_KINDS else 0.0
         reduction = self.link_elements_per_row * rows / 2  # one add for each element received
         return gemm + self.flops_per_key * rows * self.context(mix) + reduction
 
     def memory_bytes(self, mix: RowMix) -> float:
         """Bytes through device memory: each operand read once, each result written once.
 
+        What an unfused variant moves in all is `op_shapes.moved_bytes`.
         A chunk of prefill rows shares one pass over its keys, so its keys are counted once per
         128 rows; a decode row reads its own.
         """
@@ -212,6 +217,20 @@ def _gemm(name: str, n: int, k: int, model: ModelSpec, *dependencies: Dependency
     )
 
 
+def _gemm_silu(name: str, ffn: int, k: int, model: ModelSpec, *dependencies: Dependency) -> Op:
+    """silu(x W_gate^T) * (x W_up^T): both products, of which only `ffn` elements a row leave."""
+    return Op(
+        name=name,
+        kind="gemm_silu",
+        resource="compute",
+        shape=f"n{2 * ffn}_k{k}",
+        dependencies=dependencies,
+        row_elements=k + ffn,
+        weight_elements=2 * ffn * k,
+        dtype_bytes=model.dtype_bytes,
+    )
+
+
 def _attention(
     name: str,
     kind: OpKind,
@@ -279,9 +298,8 @@ def _layer_ops(model: ModelSpec, tp_degree: int) -> tuple[Op, ...]:
         _gemm("o_proj", hidden, qo, model, on("decode_attention"), on("prefill_attention")),
         _all_reduce("attn_all_reduce", model, tp_degree, on("o_proj")),
         _row_op("ffn_norm", "norm", model, 4 * hidden, (on(attention_output),)),
-        _gemm("up_gate", 2 * ffn, hidden, model, on("ffn_norm")),
-        _row_op("silu_mul", "silu_mul", model, 3 * ffn, (on("up_gate"),), f"f{ffn}"),
-        _gemm("down", hidden, ffn, model, on("silu_mul")),
+        _gemm_silu("up_gate", ffn, hidden, model, on("ffn_norm")),
+        _gemm("down", hidden, ffn, model, on("up_gate")),
         _all_reduce("ffn_all_reduce", model, tp_degree, on("down")),
     ]
     return tuple(op for op in ops if is_parallel or op.kind != "all_reduce")

@@ -1,17 +1,19 @@
 """Shape keys: what the numbers of a profile row's `shape` mean, and the op they describe.
 
-Keys by kind: gemm `n{N}_k{K}`; attention and rotary `q{heads}_kv{heads}_d{head dim}`; all-reduce
-`d{hidden}_r{ranks}`; norm and embedding `d{hidden}`; SiLU `f{ffn}`; sampling `v{vocabulary}`.
+Keys by kind: gemm `n{N}_k{K}`; gemm_silu the same, N counting both halves; attention and rotary
+`q{heads}_kv{heads}_d{head dim}`; all-reduce `d{hidden}_r{ranks}`; norm and embedding `d{hidden}`;
+SiLU (rows of old profiles) `f{ffn}`; sampling `v{vocabulary}`.
 """
 
 from __future__ import annotations
 
-from .op_graph import Op, OpKind, Resource
+from .op_graph import Op, OpKind, Resource, RowMix
 
 RESOURCE_OF_KIND: dict[OpKind, Resource] = {
     "embedding": "memory",
     "norm": "memory",
     "gemm": "compute",
+    "gemm_silu": "compute",
     "rope_append": "memory",
     "decode_attention": "memory",
     "prefill_attention": "compute",
@@ -19,6 +21,8 @@ RESOURCE_OF_KIND: dict[OpKind, Resource] = {
     "all_reduce": "network",
     "sampling": "memory",
 }
+FUSED_PREFIX = "fused_"
+"""Starts the names of those `gemm_silu` variants that keep both products on the chip."""
 
 
 def shape_numbers(shape: str) -> tuple[int, ...]:
@@ -33,6 +37,9 @@ def op_of_shape(kind: OpKind, shape: str, dtype_bytes: int) -> Op:
     if kind == "gemm":
         n, k = numbers
         row_elements, weight_elements = n + k, n * k
+    elif kind == "gemm_silu":
+        n, k = numbers
+        row_elements, weight_elements = n // 2 + k, n * k
     elif kind in ("decode_attention", "prefill_attention", "rope_append"):
         qo, kv, head_dim = numbers
         row_elements = 2 * (qo + 2 * kv) * head_dim
@@ -56,3 +63,14 @@ def op_of_shape(kind: OpKind, shape: str, dtype_bytes: int) -> Op:
         link_elements_per_row=link_elements,
         dtype_bytes=dtype_bytes,
     )
+
+
+def moved_bytes(op: Op, mix: RowMix, variant: str) -> float:
+    """Bytes that a variant moves through device memory: the op's, and what it adds to them.
+
+    An unfused `gemm_silu` writes both products to its scratch buffer and reads them again.
+    """
+    if op.kind != "gemm_silu" or variant.startswith(FUSED_PREFIX):
+        return op.memory_bytes(mix)
+    n, _ = shape_numbers(op.shape)
+    return op.memory_bytes(mix) + 2 * op.dtype_bytes * n * op.rows(mix)

@@ -17,3 +17,8 @@ def load(group: str) -> None:
     """Import the modules that register the variants of `cpu`, `cuda` or `experimental`."""
     for module in _MODULES[group]:
         importlib.import_module(f".{module}", __name__)
+    if group != "cpu":
+        from .gemm_silu import register_unfused
+        from .triton_rows import silu_mul
+
+        register_unfused("cuda", silu_mul)  # last: it composes the GEMMs that are there

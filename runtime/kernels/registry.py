@@ -163,10 +163,17 @@ class PrefillAttention(Protocol):
         ...
 
 
-class SiluMul(Protocol):
-    """out_TF = silu(gate) * up, where up_gate_T2F holds up in its first F columns, gate after."""
+class GemmSilu(Protocol):
+    """out_TF = silu(x_TK @ gate^T) * (x_TK @ up^T).
 
-    def __call__(self, up_gate_T2F: Tensor, out_TF: Tensor, num_sms: int) -> None:
+    weight_2FK holds up in its first F rows, gate after. Unfused variants write both products,
+    rounded to the dtype, to scratch_T2F; fused ones leave it alone and are named `fused_...`
+    (`op_shapes.FUSED_PREFIX`: their bytes are counted by it).
+    """
+
+    def __call__(
+        self, x_TK: Tensor, weight_2FK: Tensor, scratch_T2F: Tensor, out_TF: Tensor, num_sms: int
+    ) -> None:
         """Launch on the current stream."""
         ...
 

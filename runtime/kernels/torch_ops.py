@@ -181,11 +181,14 @@ def _attend_causal(
     return torch.einsum("gtmn,ngh->tgmh", torch.softmax(scores_GTMN, dim=-1), v_NGH)
 
 
-@register("silu_mul", "torch", "cpu")
-@register("silu_mul", "torch", "cuda")
-def silu_mul(up_gate_T2F: Tensor, out_TF: Tensor, num_sms: int) -> None:
-    """out_TF = silu(gate) * up."""
-    up_TF, gate_TF = up_gate_T2F.chunk(2, dim=-1)
+@register("gemm_silu", "torch", "cpu")
+@register("gemm_silu", "torch", "cuda")
+def gemm_silu(
+    x_TK: Tensor, weight_2FK: Tensor, scratch_T2F: Tensor, out_TF: Tensor, num_sms: int
+) -> None:
+    """out_TF = silu(x_TK @ gate^T) * (x_TK @ up^T), both products rounded to the dtype."""
+    torch.mm(x_TK, weight_2FK.t(), out=scratch_T2F)
+    up_TF, gate_TF = scratch_T2F.chunk(2, dim=-1)
     out_TF.copy_(torch.nn.functional.silu(gate_TF.float()) * up_TF.float())
 
 

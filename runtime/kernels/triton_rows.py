@@ -183,9 +183,11 @@ def _silu_mul(  # noqa: ANN202
     tl.store(out_ptr + row * stride_out + columns, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@register("silu_mul", "triton", "cuda")
-def silu_mul(up_gate_T2F: Tensor, out_TF: Tensor, num_sms: int) -> None:
-    """out_TF = silu(gate) * up."""
+def silu_mul(up_gate_T2F: Tensor, out_TF: Tensor) -> None:
+    """out_TF = silu(gate) * up; up_gate_T2F holds up in its first F columns, gate after.
+
+    Not an op of its own: `gemm_silu.py` launches it behind a GEMM.
+    """
     rows, width = out_TF.shape
     block = 2048
     _silu_mul[(rows, triton.cdiv(width, block))](

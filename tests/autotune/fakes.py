@@ -7,7 +7,7 @@ from math import ceil
 from nanoflow_tune.autotune.cost_model import mix_of_rows
 from nanoflow_tune.autotune.roofline import roofline_us
 from nanoflow_tune.profiler.profile import EnergyModel, PairRow, Point, Profile, Row
-from nanoflow_tune.runtime.op_graph import OpGraph, RowMix
+from nanoflow_tune.runtime.op_graph import GEMM_KINDS, OpGraph, RowMix
 from nanoflow_tune.runtime.op_shapes import op_of_shape, shape_numbers
 from nanoflow_tune.search_spaces.loader import load_hardware, load_model
 from nanoflow_tune.search_spaces.schema import HardwareSpec, SearchSpace
@@ -15,8 +15,10 @@ from nanoflow_tune.search_spaces.schema import HardwareSpec, SearchSpace
 TOKENS = (256, 512, 1024, 1536, 2048)
 SHARES = (16, 32, 48, 64, 68, 84, 100, 116, 132)
 KV_LENS = {"decode_attention": (512, 768, 2048), "prefill_attention": (512, 1024, 2048)}
+GEMMS = {"cublas": (128, 256, 0.70), "triton_128x128": (128, 128, 0.64)}
 VARIANTS = {
-    "gemm": {"cublas": (128, 256, 0.70), "triton_128x128": (128, 128, 0.64)},
+    "gemm": GEMMS,
+    "gemm_silu": GEMMS,
     "all_reduce": {"nccl": (1, 1, 0.5)},
 }
 MIX = RowMix(
@@ -59,7 +61,7 @@ def fake_us(point: Point, hardware: HardwareSpec) -> float:
     ideal_us = roofline_us(op, mix, point.num_sms, hardware, "bfloat16")
     default = (1, 1, 0.85)
     rows, columns, efficiency = VARIANTS.get(point.kind, {}).get(point.variant, default)
-    if point.kind != "gemm":
+    if point.kind not in GEMM_KINDS:
         return 2.0 + ideal_us / efficiency
     n, _ = shape_numbers(op.shape)
     tiles = ceil(point.tokens / rows) * ceil(n / columns)

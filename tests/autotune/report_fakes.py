@@ -13,7 +13,12 @@ from nanoflow_tune.search_spaces.schema import (
     WorkloadSpec,
 )
 
-DURATIONS_US = {"gemm": 100.0, "decode_attention": 120.0, "prefill_attention": 30.0}
+DURATIONS_US = {
+    "gemm": 100.0,
+    "gemm_silu": 100.0,
+    "decode_attention": 120.0,
+    "prefill_attention": 30.0,
+}
 
 
 def model(name: str = "llama3-8b") -> ModelSpec:

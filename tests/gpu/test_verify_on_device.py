@@ -37,7 +37,7 @@ def overlapped(graph, num_sms, gemm="triton_128x256"):
                     tokens=tokens,
                     lane="memory" if is_memory else "compute",
                     num_sms=32 if is_memory else num_sms - 32,
-                    variant=gemm if kind == "gemm" else "triton",
+                    variant=gemm if kind in ("gemm", "gemm_silu") else "triton",
                     stage=0 if op in head else 1,
                 )
             )
@@ -89,9 +89,10 @@ def test_a_kernel_that_writes_outside_its_rows_is_caught(context):
     from nanoflow_tune.runtime.op_graph import OpGraph
     from nanoflow_tune.runtime.verify import VerificationError, verify_schedule
 
-    @registry.register("silu_mul", "one_row_too_many", "cuda")
-    def broken(up_gate_T2F, out_TF, num_sms):
-        registry.kernel("silu_mul", "triton", "cuda")(up_gate_T2F, out_TF, num_sms)
+    @registry.register("gemm_silu", "one_row_too_many", "cuda")
+    def broken(x_TK, weight_2FK, scratch_T2F, out_TF, num_sms):
+        good = registry.kernel("gemm_silu", "triton_128x256", "cuda")
+        good(x_TK, weight_2FK, scratch_T2F, out_TF, num_sms)
         torch.as_strided(out_TF, (out_TF.shape[0] + 1, out_TF.shape[1]), out_TF.stride())[-1] = 0
 
     sms = torch.cuda.get_device_properties(0).multi_processor_count
@@ -100,9 +101,9 @@ def test_a_kernel_that_writes_outside_its_rows_is_caught(context):
     schedule = replace(
         schedule,
         nano_ops=tuple(
-            replace(op, variant="one_row_too_many") if op.op == "silu_mul" else op
+            replace(op, variant="one_row_too_many") if op.op == "up_gate" else op
             for op in schedule.nano_ops
         ),
     )
-    with pytest.raises(VerificationError, match="silu_mul"):
+    with pytest.raises(VerificationError, match="up_gate"):
         verify_schedule(context, case_of(schedule, model), resources)

@@ -8,11 +8,11 @@ from nanoflow_tune.search_spaces.loader import load_model
 
 VARIANTS = {
     "gemm": ("cublas", "triton_128x256"),
+    "gemm_silu": ("cublas", "triton_128x256"),
     "norm": ("triton",),
     "rope_append": ("triton",),
     "decode_attention": ("triton",),
     "prefill_attention": ("triton",),
-    "silu_mul": ("triton",),
     "all_reduce": ("nccl", "nccl_8"),
     "embedding": ("torch",),
     "sampling": ("torch",),

@@ -59,6 +59,7 @@ def plant_fault(kind: str, fault: str, max_rows: int) -> None:
     good = registry.kernel(kind, "torch", "cpu")
 
     def broken(*args: object) -> None:
+        stale = args[2][-1].clone() if fault == "stale_scratch" else None
         good(*args)
         out = args[0] if kind == "all_reduce" else args[3]
         if out.shape[0] >= max_rows:
@@ -68,6 +69,11 @@ def plant_fault(kind: str, fault: str, max_rows: int) -> None:
             out._base[end] = 1.0
         elif fault == "double_last_row":
             out[-1] *= 2.0
+        elif fault == "extra_scratch_row":
+            end = args[2].storage_offset() // args[2].stride(0) + args[2].shape[0]
+            args[2]._base[end] = 1.0
+        elif fault == "stale_scratch":  # reads the scratch buffer before it writes it
+            out[-1] = stale[: out.shape[1]]
         elif fault == "skip_row":
             out[-1] = float("nan")  # what a row that is never written still holds
 

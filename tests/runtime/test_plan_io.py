@@ -158,6 +158,10 @@ ILLEGAL = {
     "granularity": (_with_nano_op(GOOD, KQV, num_sms=77), r"kqv.0 asks for 77 SMs; a share must"),
     "sum": (_with_nano_op(GOOD, KQV, num_sms=100), r"kqv.0 .*100 SMs.* same time"),
     "op": (_with_nano_op(GOOD, KQV, op="kvq"), r"unknown op 'kvq'; this graph has attn_norm, kqv"),
+    "old op": (
+        _with_nano_op(GOOD, KQV, op="silu_mul"),
+        r"unknown op 'silu_mul'.* by another version say, cannot run: tune again",
+    ),
     "nano-batch": (
         replace(
             GOOD,

@@ -63,7 +63,7 @@ FITTING = {"compute": 100, "memory": 16, "network": 16}
 
 def delay_tails(schedule: Schedule) -> Schedule:
     """Let everything behind the attention run one period later, ahead of the rest."""
-    late = {"o_proj", "attn_all_reduce", "ffn_norm", "up_gate", "silu_mul", "down"}
+    late = {"o_proj", "attn_all_reduce", "ffn_norm", "up_gate", "down"}
     late.add("ffn_all_reduce")
     tail = [replace(n, stage=1) for n in schedule.nano_ops if n.op in late]
     head = [n for n in schedule.nano_ops if n.op not in late]

@@ -125,16 +125,29 @@ def test_norm_adds_the_delta_before_it_normalises():
     torch.testing.assert_close(residual.double(), total, rtol=1e-6, atol=1e-6)
 
 
-def test_silu_mul_takes_up_first_and_gate_second():
-    up, gate, out = torch.randn(4, 6), torch.randn(4, 6), torch.empty(4, 6)
-    torch_ops.silu_mul(torch.cat((up, gate), dim=-1), out, 1)
-    torch.testing.assert_close(out, torch.nn.functional.silu(gate) * up)
+@pytest.mark.parametrize("num_rows", [0, 1, 5])
+def test_gemm_silu_takes_up_first_and_gate_second(num_rows):
+    x, up, gate = torch.randn(num_rows, 8), torch.randn(6, 8), torch.randn(6, 8)
+    scratch, out = torch.full((num_rows, 12), torch.nan), torch.full((num_rows, 6), torch.nan)
+    torch_ops.gemm_silu(x, torch.cat((up, gate)), scratch, out, 1)
+    x64 = x.double()
+    expected = torch.nn.functional.silu(x64 @ gate.double().t()) * (x64 @ up.double().t())
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gemm_silu_rounds_both_products_as_an_unfused_kernel_does():
+    x, weight = torch.randn(5, 64).bfloat16(), torch.randn(12, 64).bfloat16()
+    scratch, out, parts = (torch.empty(5, n, dtype=torch.bfloat16) for n in (12, 6, 12))
+    torch_ops.gemm_silu(x, weight, scratch, out, 1)
+    torch_ops.gemm(x, weight, None, parts, 1)
+    up, gate = parts.float().chunk(2, dim=-1)
+    assert torch.equal(out, (torch.nn.functional.silu(gate) * up).bfloat16())
 
 
 def test_every_kind_of_a_layer_has_a_torch_variant_on_cpu_and_cuda():
     load("cpu")
-    for kind in ("norm", "gemm", "rope_append", "decode_attention", "prefill_attention",
-                 "silu_mul", "all_reduce", "embedding", "sampling"):  # fmt: skip
+    for kind in ("norm", "gemm", "gemm_silu", "rope_append", "decode_attention",
+                 "prefill_attention", "all_reduce", "embedding", "sampling"):  # fmt: skip
         for device in ("cpu", "cuda"):
             assert "torch" in registry.variants(kind, device)
 

@@ -89,6 +89,28 @@ def test_a_wrong_sequential_run_is_caught_by_the_plain_reference(here):
         on_rank.verify_with_fault(here, cpu_case(MODEL, SPLIT), "gemm", "double_last_row", 10_000)
 
 
+def test_a_fused_kernel_passes_without_touching_the_scratch_buffer(here):
+    from nanoflow_tune.runtime.kernels import registry, torch_ops
+
+    @registry.register("gemm_silu", "torch", "cpu")
+    def fused(x_TK, weight_2FK, scratch_T2F, out_TF, num_sms):
+        torch_ops.gemm_silu(x_TK, weight_2FK, scratch_T2F.clone(), out_TF, num_sms)
+
+    assert verify_schedule(here, cpu_case(MODEL, SPLIT)).passed
+
+
+@pytest.mark.parametrize("fault", ["extra_row", "skip_row", "extra_scratch_row", "stale_scratch"])
+def test_faults_of_the_up_gate_kernel_are_caught_in_its_outputs_and_its_scratch(here, fault):
+    message = {
+        "extra_row": r"up_gate.0 in layer 0 on rank 0 wrote row 128 of act_TF, outside",
+        "skip_row": r"up_gate.0 in layer 0 on rank 0 left NaN in row 127 of act_TF",
+        "extra_scratch_row": r"up_gate.0 in layer 0 .* wrote row 128 of up_gate_T2F, outside",
+        "stale_scratch": r"up_gate.0 in layer 0 .* left NaN in row 127 of act_TF",
+    }[fault]
+    with pytest.raises(VerificationError, match=message):
+        on_rank.verify_with_fault(here, cpu_case(MODEL, SPLIT), "gemm_silu", fault, 200)
+
+
 def test_a_collective_that_gets_one_row_wrong_is_caught_on_the_ranks():
     graph = OpGraph.build(MODEL, 2)
     case = cpu_case(MODEL, ping_pong(graph, 128, 256, (80, 20)), 2)

@@ -1,0 +1,45 @@
+"""Shape keys give back the costs of the ops they are keys of."""
+
+from __future__ import annotations
+
+import pytest
+
+from nanoflow_tune.runtime.op_graph import OpGraph, RowMix
+from nanoflow_tune.runtime.op_shapes import RESOURCE_OF_KIND, moved_bytes, op_of_shape
+from nanoflow_tune.search_spaces.loader import load_model
+
+MIX = RowMix(
+    decode_tokens=96, prefill_tokens=32, decode_context_tokens=700, prefill_context_tokens=90
+)
+GRAPHS = [OpGraph.build(load_model("llama3-8b")), OpGraph.build(load_model("llama2-70b"), 2)]
+
+
+@pytest.mark.parametrize("graph", GRAPHS, ids=["llama3-8b", "llama2-70b-tp2"])
+def test_the_op_of_a_shape_costs_what_the_op_costs(graph):
+    for op in (*graph.prologue, *graph.layer, *graph.epilogue):
+        twin = op_of_shape(op.kind, op.shape, op.dtype_bytes)
+        assert op.resource == twin.resource == RESOURCE_OF_KIND[op.kind]
+        for cost in ("flops", "memory_bytes", "link_bytes"):
+            assert getattr(twin, cost)(MIX) == getattr(op, cost)(MIX), (op.name, cost)
+
+
+def test_up_gate_of_llama3_8b_by_hand():
+    op = GRAPHS[0].op("up_gate")
+    assert (op.kind, op.shape) == ("gemm_silu", "n28672_k4096")
+    assert op.flops(MIX) == 2 * 128 * 28672 * 4096
+    assert op.memory_bytes(MIX) == 2 * (28672 * 4096 + 128 * (4096 + 14336))
+    # Unfused: the GEMM writes 28672 elements a row, SiLU reads them.
+    assert moved_bytes(op, MIX, "cublas") == op.memory_bytes(MIX) + 2 * 128 * 2 * 28672
+    assert moved_bytes(op, MIX, "fused_128x256") == op.memory_bytes(MIX)
+
+
+def test_an_unfused_up_gate_moves_what_its_gemm_and_silu_move():
+    op = GRAPHS[1].op("up_gate")
+    parts = op_of_shape("gemm", op.shape, 2), op_of_shape("silu_mul", "f14336", 2)
+    assert moved_bytes(op, MIX, "triton_128x256") == sum(part.memory_bytes(MIX) for part in parts)
+
+
+def test_other_ops_move_the_same_bytes_by_every_variant():
+    for op in GRAPHS[1].layer:
+        if op.kind != "gemm_silu":
+            assert moved_bytes(op, MIX, "triton") == op.memory_bytes(MIX)
