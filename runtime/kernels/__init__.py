@@ -6,7 +6,14 @@ import importlib
 
 _MODULES = {
     "cpu": ("torch_ops",),
-    "cuda": ("cublas", "triton_gemm", "triton_attention", "triton_rows", "collectives"),
+    "cuda": (
+        "cublas",
+        "sm90_gemm",
+        "triton_gemm",
+        "triton_attention",
+        "triton_rows",
+        "collectives",
+    ),
     # Correct under Triton's interpreter, not yet run on a GPU: benchmarks and tests load them,
     # profiles and plans do not.
     "experimental": ("triton_gemm_splitk", "triton_decode_split"),

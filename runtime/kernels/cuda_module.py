@@ -46,22 +46,32 @@ class Cubin:
 
 
 @functools.cache
-def compile_cubin(file: str, definitions: tuple[tuple[str, str | int], ...]) -> Cubin:
-    """Compile `cuda/<file>` for Hopper with the macros of `definitions`; needs no GPU.
+def compile_cubin(
+    file: str,
+    definitions: tuple[tuple[str, str | int], ...],
+    generated: tuple[tuple[str, str], ...] = (),
+) -> Cubin:
+    """Compile `cuda/<file>` for Hopper; needs no GPU.
+
+    Args:
+        file: a `.cu` file.
+        definitions: macros.
+        generated: names and texts of headers that are not files.
 
     Raises:
         KernelError: the source does not compile; the message is the compiler's.
     """
     from cuda.bindings import nvrtc
 
-    headers = sorted(_SOURCES.glob("*.cuh"))
+    headers = {header.name: header.read_text() for header in sorted(_SOURCES.glob("*.cuh"))}
+    headers.update(generated)
     program = _checked(
         nvrtc.nvrtcCreateProgram(
             (_SOURCES / file).read_bytes(),
             file.encode(),
             len(headers),
-            [header.read_bytes() for header in headers],
-            [header.name.encode() for header in headers],
+            [text.encode() for text in headers.values()],
+            [name.encode() for name in headers],
         ),
         f"reading {file}",
     )
@@ -84,7 +94,7 @@ def compile_cubin(file: str, definitions: tuple[tuple[str, str | int], ...]) -> 
 class TensorMap(ctypes.Structure):
     """A TMA descriptor (CUtensorMap), passed to a kernel by value as `__grid_constant__`."""
 
-    _fields_ = [("opaque", ctypes.c_uint64 * 16)]  # noqa: RUF012 - ctypes reads a plain list
+    _fields_ = [("opaque", ctypes.c_uint64 * 16)]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -157,14 +167,21 @@ def tensor_map(
 class CudaKernel:
     """One compiled kernel: `extern "C" __global__ void <name>` of a file in `cuda/`."""
 
-    def __init__(self, file: str, name: str, definitions: Mapping[str, str | int]) -> None:
+    def __init__(
+        self,
+        file: str,
+        name: str,
+        definitions: Mapping[str, str | int],
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self._file, self._name = file, name
         self._definitions = tuple(sorted(definitions.items()))
+        self._headers = tuple(sorted((headers or {}).items()))
         self._functions: dict[int, Any] = {}
 
     def compile(self) -> Cubin:
         """The machine code; compiled once per process."""
-        return compile_cubin(self._file, self._definitions)
+        return compile_cubin(self._file, self._definitions, self._headers)
 
     def _function(self, shared_bytes: int) -> Any:  # noqa: ANN401 - driver handle
         from cuda.bindings import driver

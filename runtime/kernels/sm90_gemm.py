@@ -1,0 +1,218 @@
+"""Persistent wgmma GEMMs for Hopper: the grid is the SM share, the tile is fitted to it.
+
+The kernel is `cuda/gemm.cu`, compiled for the tile that `gemm_tiles.py` chooses per call. Variants:
+`sm90` and `sm90_256` have tiles of 128 and 256 rows, `sm90_c2` pairs CTAs that share weights,
+`sm90_sk` divides the last waves along K (stream-K). Each is a variant of `gemm` and, with SiLU x up
+in its epilogue, of `gemm_silu`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cuda_module import CudaKernel, tensor_map
+from .gemm_tiles import (
+    BLOCK_K,
+    CONSUMERS,
+    STORE_COLUMNS,
+    STORE_ROWS,
+    Division,
+    GemmTile,
+    fitted_tile,
+)
+from .registry import register
+
+_THREADS = 128 * (1 + CONSUMERS)
+_MAX_TILE = 256 * 176
+_TMA_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemmFamily:
+    """One variant: what is fixed about its tiles; their width is fitted."""
+
+    name: str
+    rows: int
+    cluster: int = 1
+    is_split: bool = False
+
+    def tile(self, rows: int, columns: int, depth: int, num_sms: int) -> GemmTile:
+        """The tile for one shape and share."""
+        return fitted_tile(self.rows, self.cluster, self.is_split, rows, columns, depth, num_sms)
+
+
+FAMILIES = (
+    GemmFamily(name="sm90", rows=128),
+    GemmFamily(name="sm90_256", rows=256),
+    GemmFamily(name="sm90_c2", rows=128, cluster=2),
+    GemmFamily(name="sm90_sk", rows=128, is_split=True),
+)
+
+
+def wgmma_source(width: int) -> str:
+    """CUDA C++ of the wgmma instruction for one width: `width` / 2 fp32 sums a thread."""
+    count = width // 2
+    sums = ", ".join(f"%{index}" for index in range(count))
+    operands = ", ".join(f'"+f"(d[{index}])' for index in range(count))
+    return f"""
+    // d = a b^T (+ d unless `accumulate` is 0).
+    __device__ __forceinline__ void wgmma_width(float (&d)[{count}], uint64 a, uint64 b,
+                                                int accumulate) {{
+      asm volatile(
+          "{{ .reg .pred p; setp.ne.b32 p, %{count + 2}, 0;"
+          "wgmma.mma_async.sync.aligned.m64n{width}k16.f32.bf16.bf16 {{ {sums} }},"
+          "%{count}, %{count + 1}, p, 1, 1, 0, 0; }}"
+          : {operands}
+          : "l"(a), "l"(b), "r"(accumulate));
+    }}
+    """
+
+
+@functools.cache
+def compiled(tile: GemmTile, *, has_silu: bool) -> CudaKernel:
+    """The kernel for one tile."""
+    # A tile of 64 rows could not be divided between the consumers along its rows.
+    consumers_n = 2 if tile.rows == 64 else 1
+    return CudaKernel(
+        "gemm.cu",
+        "gemm",
+        {
+            "BLOCK_M": tile.rows,
+            "BLOCK_N": tile.columns,
+            "STAGES": tile.num_stages,
+            "CLUSTER": tile.cluster,
+            "CONSUMERS_N": consumers_n,
+            "SILU": int(has_silu),
+            "STREAM_K": int(tile.is_split),
+        },
+        headers={"wgmma_width.cuh": wgmma_source(tile.columns // consumers_n)},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Workspace:
+    """Partial sums of the tiles that are split; the kernel leaves the flags at zero."""
+
+    partials: Tensor
+    flags: Tensor
+
+
+def _new_workspace(num_sms: int) -> _Workspace:
+    return _Workspace(
+        torch.empty(num_sms * _MAX_TILE, dtype=torch.float32, device="cuda"),
+        torch.zeros(CONSUMERS * num_sms, dtype=torch.int32, device="cuda"),
+    )
+
+
+@functools.cache
+def _cached_workspace(device: int, stream: int) -> _Workspace:
+    del stream  # launches on one stream take turns and may share
+    return _new_workspace(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _workspace(num_sms: int) -> _Workspace:
+    """This stream's workspace; what is made inside a capture belongs to the graph."""
+    if torch.cuda.is_current_stream_capturing():
+        return _new_workspace(num_sms)
+    return _cached_workspace(torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream)
+
+
+def _check(name: str, tensor: Tensor) -> None:
+    row_bytes = tensor.stride(0) * tensor.element_size()
+    if tensor.dtype != torch.bfloat16 or tensor.stride(1) != 1:
+        raise ValueError(f"`{name}` must be bfloat16 with contiguous rows, got {tensor.dtype}")
+    if row_bytes % _TMA_BYTES or tensor.data_ptr() % _TMA_BYTES:
+        raise ValueError(
+            f"`{name}` must start each row at a multiple of {_TMA_BYTES} bytes for TMA, got rows "
+            f"of {row_bytes} bytes: use the variant `cublas`"
+        )
+
+
+def launch_gemm(
+    tile: GemmTile,
+    x_TK: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    out_TN: Tensor,
+    num_sms: int,
+    *,
+    has_silu: bool = False,
+) -> None:
+    """One GEMM with a given tile on the current stream.
+
+    With `has_silu` the weight holds the up rows, then the gate rows, and `out_TN` has half as many
+    columns as the weight has rows.
+
+    Raises:
+        ValueError: a tensor that TMA cannot address; names it.
+    """
+    rows, depth = x_TK.shape
+    if rows == 0:
+        return
+    for name, tensor in (("x", x_TK), ("weight", weight_NK), ("out", out_TN)):
+        _check(name, tensor)
+    width, out_width = weight_NK.shape[0], out_TN.shape[1]
+    division = Division.of(tile, rows, width, depth, num_sms)
+    box_rows = tile.columns // (4 if tile.rows == 64 else 2)
+    partials, flags = out_TN, out_TN  # not touched when nothing is split
+    if division.split_units:
+        workspace = _workspace(num_sms)
+        partials, flags = workspace.partials, workspace.flags
+    counts = (
+        rows,
+        out_width,
+        division.tiles_m,
+        division.tiles,
+        division.steps,
+        division.whole_tiles,
+        division.split_units,
+    )
+    compiled(tile, has_silu=has_silu).launch(
+        (division.clusters * tile.cluster, 1, 1),
+        _THREADS,
+        tile.shared_bytes,
+        (
+            tensor_map(x_TK, (depth, rows), (x_TK.stride(0),), (BLOCK_K, tile.rows)),
+            tensor_map(weight_NK, (depth, width), (weight_NK.stride(0),), (BLOCK_K, box_rows)),
+            tensor_map(out_TN, (out_width, rows), (out_TN.stride(0),), (STORE_COLUMNS, STORE_ROWS)),
+            out_TN,
+            ctypes.c_void_p() if bias_N is None else bias_N,
+            partials,
+            flags,
+            ctypes.c_int64(out_TN.stride(0)),
+            *map(ctypes.c_int32, counts),
+        ),
+        cluster=tile.cluster,
+    )
+
+
+def _gemm(family: GemmFamily) -> Callable[..., None]:
+    def gemm(
+        x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, out_TN: Tensor, num_sms: int
+    ) -> None:
+        tile = family.tile(x_TK.shape[0], weight_NK.shape[0], x_TK.shape[1], num_sms)
+        launch_gemm(tile, x_TK, weight_NK, bias_N, out_TN, num_sms)
+
+    return gemm
+
+
+def _gemm_silu(family: GemmFamily) -> Callable[..., None]:
+    def gemm_silu(
+        x_TK: Tensor, weight_2FK: Tensor, scratch_T2F: Tensor, out_TF: Tensor, num_sms: int
+    ) -> None:
+        del scratch_T2F  # up and gate never leave the registers
+        tile = family.tile(x_TK.shape[0], weight_2FK.shape[0], x_TK.shape[1], num_sms)
+        launch_gemm(tile, x_TK, weight_2FK, None, out_TF, num_sms, has_silu=True)
+
+    return gemm_silu
+
+
+for _family in FAMILIES:
+    register("gemm", _family.name, "cuda")(_gemm(_family))
+    register("gemm_silu", _family.name, "cuda")(_gemm_silu(_family))
