@@ -56,7 +56,7 @@ def fit_energy(profile: Profile, static_w: float) -> EnergyModel | None:
         return None
     costs = np.array([point_costs(row.point) for row in rows])
     measured = np.array([row.joules for row in rows])
-    dynamic = measured - static_w * 1e-6 * np.array([row.median_us for row in rows])
+    dynamic = measured - static_w * np.array([_seconds(row) for row in rows])
     used = [column for column in range(3) if costs[:, column].any()]
     weights = 1.0 / np.maximum(measured, 1e-9)  # relative errors count
     coefficients = np.zeros(3)
@@ -70,6 +70,11 @@ def fit_energy(profile: Profile, static_w: float) -> EnergyModel | None:
         joules_per_link_byte=float(coefficients[2]),
         relative_error=float(statistics.median(np.abs(fitted - measured) / measured)),
     )
+
+
+def _seconds(row: Row) -> float:
+    """Time of one call while its joules were measured: longer than a burst's."""
+    return row.joules / row.watts if row.watts > 0 else row.median_us * 1e-6
 
 
 def with_fitted_joules(profile: Profile) -> tuple[Row, ...]:

@@ -41,10 +41,12 @@ class Row:
     n: int
     """Samples."""
     joules: float
-    """Dynamic and static energy of one call, one GPU."""
+    """Dynamic and static energy of one call, one GPU, kept up for half a second."""
     joules_source: JoulesSource
     sm_clock_mhz: float
+    """While joules were measured, where they were; else while the time was."""
     watts: float
+    """While joules were measured, longer than a burst: joules / watts is the sustained time."""
     source: Source = "measured"
     error: str = ""
 
@@ -58,6 +60,23 @@ class PairRow:
     slowdown_a: float
     """Time of A beside B / time of A alone on the same SMs, both at sustained clocks."""
     slowdown_b: float
+    watts: float
+    sm_clock_mhz: float
+    n: int
+    source: Source = "measured"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TripleRow:
+    """Three kernels side by side on disjoint SMs: a check of what pairs predict."""
+
+    a: Point
+    b: Point
+    c: Point
+    slowdown_a: float
+    """Time of A beside B and C / time of A alone on the same SMs."""
+    slowdown_b: float
+    slowdown_c: float
     watts: float
     sm_clock_mhz: float
     n: int
@@ -93,6 +112,7 @@ class Profile:
     dtype: str
     rows: tuple[Row, ...]
     pairs: tuple[PairRow, ...] = ()
+    triples: tuple[TripleRow, ...] = ()
     energy: EnergyModel | None = None
     header: dict[str, str] = field(default_factory=dict[str, str])
     """GPU, driver, versions, date, commit, command, audit result."""

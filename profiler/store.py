@@ -1,8 +1,9 @@
 """Profiles on disk: CSV whose leading `# ` lines are a YAML header, so that a diff can be read.
 
-A profile `NAME` is two files, `NAME.csv` (kernels alone) and `NAME.pairs.csv` (kernels side by
-side). Rows are appended as they are measured; a killed run resumes from the rows that are there. A
-half-written last line is dropped.
+A profile `NAME` is `NAME.csv` (kernels alone), `NAME.pairs.csv` (two side by side) and
+`NAME.triples.csv` (three). Rows are appended as they are measured; a killed run resumes from the
+rows that are there. A half-written last line is dropped. Of several rows of one point the last one
+counts; `tidy` puts a file that is complete in order, so that two runs can be compared.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from importlib.resources import files
@@ -20,7 +22,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from .energy import fit_energy, with_fitted_joules
-from .profile import JoulesSource, PairRow, Point, Profile, Row, Source
+from .profile import JoulesSource, PairRow, Point, Profile, Row, Source, TripleRow
 
 _POINT = tuple(f.name for f in fields(Point))
 _ROW = (*_POINT, *(f.name for f in fields(Row) if f.name != "point"))
@@ -29,7 +31,14 @@ _PAIR = (
     *(f"b_{name}" for name in _POINT),
     *(f.name for f in fields(PairRow) if f.name not in ("a", "b")),
 )
-_CSV_NAME = {"kind": "op", "a_kind": "a_op", "b_kind": "b_op"}
+_TRIPLE = (
+    *(f"{which}_{name}" for which in "abc" for name in _POINT),
+    *(f.name for f in fields(TripleRow) if f.name not in ("a", "b", "c")),
+)
+_CSV_NAME = {"kind": "op", "a_kind": "a_op", "b_kind": "b_op", "c_kind": "c_op"}
+PAIRS, TRIPLES = ".pairs.csv", ".triples.csv"
+"""Ends of the names of files with co-runs."""
+_SYNC_S = 1.0
 
 
 class ProfileError(ValueError):
@@ -45,11 +54,12 @@ def _row_cells(row: Row) -> list[str]:
     return [_cell(value) for value in (*values, *(getattr(row, n) for n in _ROW[len(_POINT) :]))]
 
 
-def _pair_cells(pair: PairRow) -> list[str]:
-    values = [getattr(point, name) for point in (pair.a, pair.b) for name in _POINT]
-    return [
-        _cell(value) for value in (*values, *(getattr(pair, n) for n in _PAIR[2 * len(_POINT) :]))
-    ]
+def _together_cells(row: PairRow | TripleRow) -> list[str]:
+    is_triple = isinstance(row, TripleRow)
+    points = (row.a, row.b, row.c) if is_triple else (row.a, row.b)
+    values = [getattr(point, name) for point in points for name in _POINT]
+    columns = (_TRIPLE if is_triple else _PAIR)[len(values) :]
+    return [_cell(value) for value in (*values, *(getattr(row, name) for name in columns))]
 
 
 class ProfileWriter:
@@ -66,13 +76,12 @@ class ProfileWriter:
         else:
             _drop_partial_line(path)
         self._file = path.open("a", encoding="utf-8", newline="")
+        self._synced_s = 0.0
 
     def _write(self, cells: list[str]) -> None:
         line = io.StringIO()
         csv.writer(line, lineterminator="\n").writerow(cells)
         self._file.write(line.getvalue())
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
     @classmethod
     def solo(cls, path: Path, header: dict[str, str]) -> ProfileWriter:
@@ -84,9 +93,22 @@ class ProfileWriter:
         """Writer of `NAME.pairs.csv`."""
         return cls(path, _PAIR, header)
 
-    def append(self, row: Row | PairRow) -> None:
-        """Write one row through to the disk."""
-        self._write(_row_cells(row) if isinstance(row, Row) else _pair_cells(row))
+    @classmethod
+    def triples(cls, path: Path, header: dict[str, str]) -> ProfileWriter:
+        """Writer of `NAME.triples.csv`."""
+        return cls(path, _TRIPLE, header)
+
+    def append(self, row: Row | PairRow | TripleRow) -> None:
+        """Hand one row to the system at once, and to the disk within a second of rows."""
+        self.append_unsynced(row)
+        self._file.flush()  # outlives this process; a sync takes as long as a measurement
+        if time.monotonic() - self._synced_s > _SYNC_S:
+            os.fsync(self._file.fileno())
+            self._synced_s = time.monotonic()
+
+    def append_unsynced(self, row: Row | PairRow | TripleRow) -> None:
+        """Write one row of many; closing the writer stores them."""
+        self._write(_row_cells(row) if isinstance(row, Row) else _together_cells(row))
 
     def __enter__(self) -> ProfileWriter:
         return self
@@ -97,6 +119,8 @@ class ProfileWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
         self._file.close()
 
 
@@ -184,6 +208,33 @@ def read_pairs(path: Path) -> tuple[dict[str, str], list[PairRow]]:
     return header, pairs
 
 
+def read_triples(path: Path) -> tuple[dict[str, str], list[TripleRow]]:
+    """Header and rows of `NAME.triples.csv`.
+
+    Raises:
+        ProfileError: unreadable, wrong columns, or a cell of the wrong type.
+    """
+    header, records = _read(path, _TRIPLE)
+    triples: list[TripleRow] = []
+    for number, record in enumerate(records, start=2):
+        where = f"{path}, row {number}"
+        a, b, c = (Point(**_convert(Point, record, f"{which}_", where)) for which in "abc")
+        triples.append(TripleRow(a=a, b=b, c=c, **_convert(TripleRow, record, "", where)))
+    return header, triples
+
+
+def tidy(path: Path) -> None:
+    """Write `NAME.csv` anew in order of its points, the last row of each; in one step."""
+    header, rows = read_rows(path)
+    latest = {row.point: row for row in rows}
+    aside = path.with_name(f"{path.name}.part")
+    aside.unlink(missing_ok=True)
+    with ProfileWriter.solo(aside, header) as writer:
+        for point in sorted(latest, key=lambda point: [getattr(point, name) for name in _POINT]):
+            writer.append_unsynced(latest[point])
+    aside.replace(path)
+
+
 def _check_choice(value: str, choices: tuple[str, ...], column: str, where: str) -> None:
     if value not in choices:
         raise ProfileError(f"{where}: {column} must be one of {', '.join(choices)}, got {value!r}")
@@ -193,21 +244,24 @@ def load_profile(paths: Iterable[Path]) -> Profile:
     """One profile from several files of one GPU kind; joules that were not measured are fitted.
 
     Args:
-        paths: `NAME.csv` files; `NAME.pairs.csv` beside each is read too.
+        paths: `NAME.csv` files; `NAME.pairs.csv` and `NAME.triples.csv` beside each are read too.
 
     Raises:
         ProfileError: no file, a damaged file, or files of different GPUs or dtypes.
     """
     rows: dict[Point, Row] = {}
     pairs: list[PairRow] = []
+    triples: list[TripleRow] = []
     headers: list[dict[str, str]] = []
     for path in paths:
         header, found = read_rows(path)
         headers.append({**header, "file": path.name})
         rows.update({row.point: row for row in found})
-        pairs_path = path.with_suffix(".pairs.csv")
+        pairs_path, triples_path = path.with_suffix(PAIRS), path.with_suffix(TRIPLES)
         if pairs_path.exists():
             pairs.extend(read_pairs(pairs_path)[1])
+        if triples_path.exists():
+            triples.extend(read_triples(triples_path)[1])
     if not headers:
         raise ProfileError("no profile files given: pass NAME.csv files, or a folder of them")
     for key in ("hardware", "dtype"):
@@ -223,6 +277,7 @@ def load_profile(paths: Iterable[Path]) -> Profile:
         dtype=merged["dtype"],
         rows=tuple(rows.values()),
         pairs=tuple(pairs),
+        triples=tuple(triples),
         header=merged,
     )
     energy = fit_energy(profile, float(merged.get("static_w", "117")))
@@ -233,7 +288,7 @@ def load_profile(paths: Iterable[Path]) -> Profile:
 def profile_files(path: Path) -> list[Path]:
     """The `NAME.csv` files that a path means: itself, or all in a folder."""
     found = sorted(path.glob("*.csv")) if path.is_dir() else [path]
-    return [file for file in found if not file.name.endswith(".pairs.csv")]
+    return [file for file in found if not file.name.endswith((PAIRS, TRIPLES))]
 
 
 def shipped_files(hardware: str, device_name: str | None = None) -> list[Path]:

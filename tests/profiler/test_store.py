@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoflow_tune.profiler.profile import PairRow, Point, Row
+from nanoflow_tune.profiler.profile import PairRow, Point, Row, TripleRow
 from nanoflow_tune.profiler.store import (
     ProfileError,
     ProfileWriter,
@@ -16,8 +16,10 @@ from nanoflow_tune.profiler.store import (
     profile_files,
     read_pairs,
     read_rows,
+    read_triples,
     shipped_files,
     shipped_profile,
+    tidy,
 )
 
 HEADER = {"hardware": "h200", "dtype": "bfloat16", "gpu": "NVIDIA H200", "static_w": "120.0"}
@@ -87,6 +89,35 @@ def test_pairs_come_back_as_written(tmp_path):
     assert read_pairs(tmp_path / "a.pairs.csv")[1] == [pair]
 
 
+def test_triples_come_back_as_written_and_are_part_of_the_profile(tmp_path):
+    triple = TripleRow(
+        a=point(num_sms=100),
+        b=point(kind="decode_attention", shape="q8_kv2_d64", kv_len=512, num_sms=16),
+        c=point(kind="norm", shape="d64", num_sms=16),
+        slowdown_a=1.25,
+        slowdown_b=1.5,
+        slowdown_c=2.0,
+        watts=700.0,
+        sm_clock_mhz=1600.0,
+        n=40,
+    )
+    write(tmp_path / "a.csv", [row()])
+    with ProfileWriter.triples(tmp_path / "a.triples.csv", HEADER) as writer:
+        writer.append(triple)
+    assert read_triples(tmp_path / "a.triples.csv")[1] == [triple]
+    assert profile_files(tmp_path) == [tmp_path / "a.csv"]
+    assert load_profile(profile_files(tmp_path)).triples == (triple,)
+
+
+def test_a_tidied_file_has_the_last_row_of_each_point_in_order(tmp_path):
+    path = tmp_path / "a.csv"
+    first, again, other = row(), row(median_us=13.0), row(point=point(tokens=128))
+    write(path, [first, again, other])
+    tidy(path)
+    assert read_rows(path) == (HEADER, [other, again])
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_run_killed_within_a_row_resumes_behind_the_last_whole_one(tmp_path):
     path = tmp_path / "a.csv"
     write(path, [row(), row(point=point(tokens=512))])
@@ -144,6 +175,7 @@ def test_joules_that_were_not_measured_are_fitted_and_tagged(tmp_path):
                 median_us=us,
                 joules=joules if is_measured else 0.0,
                 joules_source="measured" if is_measured else "missing",
+                watts=joules / (us * 1e-6) if is_measured else 0.0,
             )
         )
         expected = joules
