@@ -37,7 +37,7 @@ class CaseFactory:
         self._dtype, self._device = dtype, device
         self._kv_pool_bytes = kv_pool_bytes
         self._weights: dict[str, list[Tensor]] = {}
-        self._pools: dict[str, tuple[Tensor, Tensor]] = {}
+        self._pools: list[Tensor] = []
         self._generator = torch.Generator(device=device).manual_seed(0)
 
     def randn(self, *shape: int, scale: float = 1.0) -> Tensor:
@@ -95,13 +95,15 @@ class CaseFactory:
         return sets[index]
 
     def _pool(self, heads: HeadShape) -> tuple[Tensor, Tensor]:
-        key = f"{heads.num_kv_heads}x{heads.head_dim}"
-        if key not in self._pools:
-            page_bytes = PAGE_SIZE * heads.kv_size * self._dtype.itemsize
-            pages = int(self._kv_pool_bytes / 2 / page_bytes)
-            shape = (pages, heads.num_kv_heads, PAGE_SIZE, heads.head_dim)
-            self._pools[key] = self.randn(*shape), self.randn(*shape)
-        return self._pools[key]
+        """Pages of keys and of values; all head shapes look at the same memory."""
+        page = heads.num_kv_heads * PAGE_SIZE * heads.head_dim
+        if not self._pools:
+            elements = int(self._kv_pool_bytes / 2 / self._dtype.itemsize)
+            self._pools = [self.randn(elements), self.randn(elements)]
+        pages = self._pools[0].numel() // page
+        shape = (pages, heads.num_kv_heads, PAGE_SIZE, heads.head_dim)
+        keys, values = (pool[: pages * page].view(shape) for pool in self._pools)
+        return keys, values
 
     def _page_table(self, num_pages: int, requests: int, kv_len: int) -> Tensor:
         pages_each = -(-kv_len // PAGE_SIZE)
