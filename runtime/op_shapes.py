@@ -21,8 +21,9 @@ RESOURCE_OF_KIND: dict[OpKind, Resource] = {
     "all_reduce": "network",
     "sampling": "memory",
 }
-FUSED_PREFIX = "fused_"
-"""Starts the names of those `gemm_silu` variants that keep both products on the chip."""
+UNFUSED_PREFIXES = ("cublas", "torch", "triton")
+"""Starts of the names of those `gemm_silu` variants that pass both products through a scratch
+buffer; kernels that do the SiLU in their epilogue are of other families."""
 
 
 def shape_numbers(shape: str) -> tuple[int, ...]:
@@ -70,7 +71,7 @@ def moved_bytes(op: Op, mix: RowMix, variant: str) -> float:
 
     An unfused `gemm_silu` writes both products to its scratch buffer and reads them again.
     """
-    if op.kind != "gemm_silu" or variant.startswith(FUSED_PREFIX):
+    if op.kind != "gemm_silu" or not variant.startswith(UNFUSED_PREFIXES):
         return op.memory_bytes(mix)
     n, _ = shape_numbers(op.shape)
     return op.memory_bytes(mix) + 2 * op.dtype_bytes * n * op.rows(mix)

@@ -167,8 +167,8 @@ class GemmSilu(Protocol):
     """out_TF = silu(x_TK @ gate^T) * (x_TK @ up^T).
 
     weight_2FK holds up in its first F rows, gate after. Unfused variants write both products,
-    rounded to the dtype, to scratch_T2F; fused ones leave it alone and are named `fused_...`
-    (`op_shapes.FUSED_PREFIX`: their bytes are counted by it).
+    rounded to the dtype, to scratch_T2F; fused ones leave it alone. Names tell which is which
+    (`op_shapes.UNFUSED_PREFIXES`), since bytes and joules are counted from a profile alone.
     """
 
     def __call__(

@@ -7,6 +7,7 @@ import torch
 
 from nanoflow_tune.runtime.kernels import load, registry, torch_ops
 from nanoflow_tune.runtime.kernels.gemm_silu import gemm_then_silu, register_unfused
+from nanoflow_tune.runtime.op_shapes import UNFUSED_PREFIXES
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +60,14 @@ def test_every_gemm_gets_a_variant_and_none_is_replaced():
     assert registry.kernel("gemm_silu", "tile_b", "cuda") is fused
     assert registry.kernel("gemm_silu", "torch", "cuda") is torch_variant
     assert registry.variants("gemm_silu", "cpu") == ("torch",)
+
+
+def test_names_tell_fused_from_unfused_variants():
+    pytest.importorskip("triton")
+    load("cuda")
+    load("experimental")
+    for name in registry.variants("gemm_silu", "cuda"):
+        kernel = registry.kernel("gemm_silu", name, "cuda")
+        is_unfused = kernel is torch_ops.gemm_silu or "gemm_then_silu" in kernel.__qualname__
+        assert name.startswith(UNFUSED_PREFIXES) == is_unfused, name
+    assert set(registry.variants("gemm", "cuda")) <= set(registry.variants("gemm_silu", "cuda"))

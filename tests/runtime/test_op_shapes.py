@@ -30,7 +30,7 @@ def test_up_gate_of_llama3_8b_by_hand():
     assert op.memory_bytes(MIX) == 2 * (28672 * 4096 + 128 * (4096 + 14336))
     # Unfused: the GEMM writes 28672 elements a row, SiLU reads them.
     assert moved_bytes(op, MIX, "cublas") == op.memory_bytes(MIX) + 2 * 128 * 2 * 28672
-    assert moved_bytes(op, MIX, "fused_128x256") == op.memory_bytes(MIX)
+    assert moved_bytes(op, MIX, "sm90_256") == op.memory_bytes(MIX)
 
 
 def test_an_unfused_up_gate_moves_what_its_gemm_and_silu_move():

@@ -1,0 +1,233 @@
+"""All-reduce transport by copy engines: it takes no SMs.
+
+`copy_engine` sends this rank's partial rows into an inbox on every peer and waits until the peers'
+rows have arrived here. It does not sum: the norm that reads the rows does, from its own partial and
+the inbox (`Received`), in rank order. `copy_engine_add` sums in place with a small kernel.
+
+One exchange of rows is, on the lane's stream, with stream memory operations and peer copies only:
+
+    tell each peer "my inbox is free"; wait for theirs; put those signals back to 0
+    copy the rows to each peer
+    tell each peer "sent"; wait for theirs; put those signals back to 0
+
+Why this is right
+- Visibility: a stream's write of a signal comes behind a system-wide fence for all that the stream
+  did before (CUDA driver API, CUstreamWriteValue_flags), so whoever sees "sent" sees the rows; what
+  reads them is ordered behind the wait by the stream or by an event. With `signals="copy"` a signal
+  is a copy of four bytes, which starts when the copy of the rows has completed (NCCL's way).
+- Reuse: the inbox has a place for each row of the dense batch, for both all-reduces of a layer. A
+  rank says "free" only when its own stream reaches the exchange, hence, by the plan's local data
+  dependencies (all-reduce <- GEMM <- ... <- the norm that read these rows before), after it has
+  read the former rows. No double buffering, no reasoning across ranks, layers or replays.
+- Signals are constants, 1 and 0, so that a CUDA graph can be replayed. They belong to the first row
+  of the exchange: exchanges that can be under way at once have different rows. A peer raises "free"
+  again only in its next exchange, which it enters after it has seen this rank's "sent", which comes
+  after the reset of "free"; likewise for "sent" with the next "free".
+- No deadlock: a stream waits without occupying an SM, and all ranks issue the same exchanges in the
+  same order, each signal before its wait.
+
+Every rank sends its whole rows to every peer: the least for two ranks. From four ranks on, copies
+in two phases (reduce-scatter, all-gather) would send less, (N-1)/N twice instead of N - 1 times.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .cuda_module import KernelError
+from .registry import Received, register
+from .symmetric import SymmetricBuffer
+from .symmetric_all_reduce import add_received
+
+VARIANT = "copy_engine"
+Signals = Literal["write", "copy"]
+"""How a rank raises a signal at a peer: by a stream memory operation, or by a copy."""
+_MIN_ROWS = 2048
+_SPARE_ROWS = 16
+"""Rows behind those asked for, which nothing may write: the audit looks at them."""
+_FREE, _SENT = 0, 1
+_WORD_BYTES = 4
+
+
+class Inbox:
+    """Places for the peers' rows of one dense batch on this rank, and the way into theirs."""
+
+    def __init__(
+        self, num_rows: int, width: int, dtype: torch.dtype, signals: Signals = "write"
+    ) -> None:
+        """Allocate on all ranks; collective."""
+        import torch.distributed as dist
+
+        self.num_rows, self.width, self.dtype = num_rows, width, dtype
+        self._slot_rows = num_rows + _SPARE_ROWS
+        self._row_bytes = width * dtype.itemsize
+        world_size = dist.get_world_size()
+        words = 2 * num_rows * world_size  # two signals for each row and sender
+        flag_bytes = -(-words * _WORD_BYTES // 256) * 256
+        self._buffer = SymmetricBuffer(world_size * self._slot_rows * self._row_bytes, flag_bytes)
+        self.rank, self.world_size = self._buffer.rank, world_size
+        self._peers = tuple((self.rank + turn) % world_size for turn in range(1, world_size))
+        slots = self._buffer.data(dtype)[: world_size * self._slot_rows * width]
+        self._slots_WTD = slots.view(world_size, self._slot_rows, width)
+        self._signals: Signals = signals
+        self._one = torch.ones(1, dtype=torch.int32, device=slots.device)
+        self._meetings: dict[tuple[int, int], list[Any]] = {}
+
+    def received(self, start: int, end: int) -> Received:
+        """What the peers sent for rows [start, end)."""
+        return Received(parts_WTD=self._slots_WTD[:, start:end], rank=self.rank)
+
+    def named(self) -> dict[str, Tensor]:
+        """Each peer's rows by name, with the spare rows behind them."""
+        return {f"received_from_{peer}": self._slots_WTD[peer] for peer in self._peers}
+
+    def exchange(self, x_TD: Tensor, first_row: int) -> None:
+        """Send rows and wait for the peers'; only copies and signals on the current stream.
+
+        Raises:
+            ValueError: rows that do not fit the inbox.
+            KernelError: the driver refuses.
+        """
+        end = first_row + x_TD.shape[0]
+        if x_TD.shape[1] != self.width or x_TD.dtype != self.dtype or end > self.num_rows:
+            raise ValueError(
+                f"the inbox holds {self.num_rows} rows of {self.width} {self.dtype}, but got rows "
+                f"[{first_row}, {end}) of {x_TD.shape[1]} {x_TD.dtype}"
+            )
+        if not x_TD.is_contiguous():
+            raise ValueError(f"`x_TD` must be contiguous, but has strides {x_TD.stride()}")
+        self._meet(_FREE, first_row)
+        for peer in self._peers:
+            place = self.rank * self._slot_rows + first_row
+            target = self._buffer.addresses[peer] + self._buffer.flag_bytes
+            num_bytes = x_TD.numel() * x_TD.element_size()
+            _copy(target + place * self._row_bytes, x_TD.data_ptr(), num_bytes)
+        self._meet(_SENT, first_row)
+
+    def _meet(self, phase: Literal[0, 1], first_row: int) -> None:
+        """Signal every peer, wait for all of them, put their signals back."""
+        from cuda.bindings import driver
+
+        key = (phase, first_row)
+        if key not in self._meetings:
+            self._meetings[key] = self._meeting(phase, first_row)
+        operations = self._meetings[key]
+        if self._signals == "copy":
+            for peer in self._peers:
+                _copy(self._word(phase, first_row, peer, self.rank), self._one.data_ptr(), 4)
+        stream = torch.cuda.current_stream().cuda_stream
+        (error,) = driver.cuStreamBatchMemOp(stream, len(operations), operations, 0)
+        if int(error) != 0:
+            raise KernelError(f"signals of a copy-engine exchange failed: {error}")
+
+    def _word(self, phase: int, first_row: int, rank: int, sender: int) -> int:
+        """Address of the signal that `sender` raises at `rank`."""
+        cell = (phase * self.num_rows + first_row) * self.world_size + sender
+        return self._buffer.addresses[rank] + cell * _WORD_BYTES
+
+    def _meeting(self, phase: int, first_row: int) -> list[Any]:
+        peers = self._peers if self._signals == "write" else ()
+        theirs = [self._word(phase, first_row, peer, self.rank) for peer in peers]
+        mine = [self._word(phase, first_row, self.rank, peer) for peer in self._peers]
+        return [
+            *(_write(address, 1) for address in theirs),
+            *(_wait(address) for address in mine),
+            *(_write(address, 0) for address in mine),
+        ]
+
+
+class CopyEngine:
+    """The inboxes of a rank, one for each width and dtype, shared by all lanes."""
+
+    def __init__(self, signals: Signals = "write") -> None:
+        self._signals: Signals = signals
+        self._inboxes: dict[tuple[int, torch.dtype], Inbox] = {}
+
+    def inbox(self, num_rows: int, width: int, dtype: torch.dtype) -> Inbox:
+        """An inbox for at least `num_rows`; collective when there is none yet.
+
+        Whoever keeps launches keeps the inbox too: a later, larger one is another.
+        """
+        found = self._inboxes.get((width, dtype))
+        if found is None or found.num_rows < num_rows:
+            found = Inbox(max(num_rows, _MIN_ROWS), width, dtype, self._signals)
+            self._inboxes[width, dtype] = found
+        return found
+
+
+def inbox_of(group: Mapping[str, Any], num_rows: int, width: int, dtype: torch.dtype) -> Inbox:
+    """The inbox that a lane's group names, or the rank's own for that many rows."""
+    transport: CopyEngine | Inbox = group[VARIANT]
+    return transport if isinstance(transport, Inbox) else transport.inbox(num_rows, width, dtype)
+
+
+@functools.cache
+def _flush_flag(device: int) -> int:
+    """CU_STREAM_WAIT_VALUE_FLUSH where the device has it: remote writes are visible behind it."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES
+    error, value = driver.cuDeviceGetAttribute(attribute, device)
+    if int(error) != 0:
+        raise KernelError(f"asking whether remote writes can be flushed failed: {error}")
+    return int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_FLUSH) if value else 0
+
+
+def _wait(address: int) -> Any:  # noqa: ANN401 - driver structure
+    from cuda.bindings import driver
+
+    kinds = driver.CUstreamBatchMemOpType
+    equal = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ)
+    operation = driver.CUstreamBatchMemOpParams()
+    operation.waitValue.operation = kinds.CU_STREAM_MEM_OP_WAIT_VALUE_32
+    operation.waitValue.address = address
+    operation.waitValue.value = 1
+    operation.waitValue.flags = equal | _flush_flag(torch.cuda.current_device())
+    return operation
+
+
+def _write(address: int, value: int) -> Any:  # noqa: ANN401 - driver structure
+    from cuda.bindings import driver
+
+    operation = driver.CUstreamBatchMemOpParams()
+    operation.writeValue.operation = driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WRITE_VALUE_32
+    operation.writeValue.address = address
+    operation.writeValue.value = value
+    operation.writeValue.flags = 0  # the default: behind a fence
+    return operation
+
+
+def _copy(target: int, source: int, num_bytes: int) -> None:
+    from cuda.bindings import driver
+
+    stream = torch.cuda.current_stream().cuda_stream
+    (error,) = driver.cuMemcpyAsync(target, source, num_bytes, stream)
+    if int(error) != 0:
+        raise KernelError(f"a peer copy of {num_bytes} bytes failed: {error}")
+
+
+@register("all_reduce", VARIANT, "cuda")
+def copy_engine(
+    x_TD: Tensor, group: Mapping[str, Any] | None, num_sms: int, first_row: int = 0
+) -> None:
+    """Exchange rows; x_TD keeps this rank's partial rows, the norm sums."""
+    if group is not None:
+        num_rows = first_row + x_TD.shape[0]
+        inbox_of(group, num_rows, x_TD.shape[1], x_TD.dtype).exchange(x_TD, first_row)
+
+
+@register("all_reduce", "copy_engine_add", "cuda")
+def copy_engine_add(
+    x_TD: Tensor, group: Mapping[str, Any] | None, num_sms: int, first_row: int = 0
+) -> None:
+    """Exchange rows, then sum them in place on the share."""
+    if group is not None:
+        num_rows = first_row + x_TD.shape[0]
+        inbox = inbox_of(group, num_rows, x_TD.shape[1], x_TD.dtype)
+        inbox.exchange(x_TD, first_row)
+        add_received(x_TD, inbox.received(first_row, num_rows), num_sms)
