@@ -77,7 +77,8 @@ def power_limit_us(
 ) -> float:
     """Dynamic joules of an iteration over the watts left for them under the cap, in us.
 
-    0 without an energy model.
+    Of fused ops: what an unfused variant moves through scratch buffers is not counted. 0 without
+    an energy model.
 
     Raises:
         ValueError: static power alone reaches the cap.
