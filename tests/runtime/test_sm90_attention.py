@@ -1,0 +1,209 @@
+"""Decode attention for Hopper without a GPU: it compiles, and its division of the work is right.
+
+The kernel itself runs in tests/gpu/test_sm90_attention.py.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from bisect import bisect_right
+from dataclasses import replace
+from itertools import accumulate, pairwise
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from nanoflow_tune.runtime.kernels.cuda_module import KernelError  # noqa: E402
+from nanoflow_tune.runtime.kernels.registry import DecodeRows, HeadShape  # noqa: E402
+from nanoflow_tune.runtime.kernels.sm90_attention import (  # noqa: E402
+    DECODE_TILE,
+    decode_attention,
+    decode_kernel,
+    launch_decode,
+)
+
+REGISTERS_OF_AN_SM = 65536
+SHARED_BYTES_OF_A_BLOCK = 227 << 10
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("is_evict_first", [False, True])
+def test_every_variant_compiles_without_spills_and_fits_an_sm(head_dim, group, is_evict_first):
+    pytest.importorskip("cuda.bindings.nvrtc")
+    tile = replace(DECODE_TILE, is_evict_first=is_evict_first)
+    try:
+        log = decode_kernel(tile, head_dim, group).compile().log
+    except RuntimeError as err:
+        if isinstance(err, KernelError):
+            raise
+        pytest.skip(f"no NVRTC library: {err}")
+    assert "0 bytes spill stores, 0 bytes spill loads" in log
+    registers = int(re.search(r"Used (\d+) registers", log).group(1))
+    assert registers * 32 * tile.num_warps <= REGISTERS_OF_AN_SM
+    assert tile.shared_bytes(head_dim) <= SHARED_BYTES_OF_A_BLOCK
+
+
+# ---- division of the work: the kernel's formulas against what they are to achieve ----------------
+
+
+class Division:
+    """The flat list of pages of (request, kv head) items, cut as the kernel cuts it."""
+
+    def __init__(self, page_counts, num_kv_heads, max_workers, min_pages, min_fragment):
+        self.items = [pages for pages in page_counts for _ in range(num_kv_heads)]
+        self.item_starts = [0, *accumulate(self.items)]
+        self.total = self.item_starts[-1]
+        self.num_workers = min(max_workers, max(1, self.total // min_pages))
+        self.min_fragment = min_fragment
+        self.starts = [self.range_start(worker) for worker in range(self.num_workers + 1)]
+
+    def range_start(self, worker):
+        flat = self.total * worker // self.num_workers
+        if flat >= self.total:
+            return self.total
+        item = bisect_right(self.item_starts, flat) - 1
+        before, after = flat - self.item_starts[item], self.item_starts[item + 1] - flat
+        if before < self.min_fragment:
+            return flat - before
+        return flat + after if after < self.min_fragment else flat
+
+    def cuts_below(self, flat):
+        return (flat * self.num_workers + self.total - 1) // self.total
+
+    def parts(self, worker):
+        """(item, first page, end page) in flat pages of the worker's parts."""
+        begin, end = self.starts[worker], self.starts[worker + 1]
+        while begin < end:
+            item = bisect_right(self.item_starts, begin) - 1
+            stop = min(end, self.item_starts[item + 1])
+            yield item, begin, stop
+            begin = stop
+
+    def merged_by(self, worker, item):
+        """First and last worker of an item, as a worker that holds a part of it computes them."""
+        begin, end = self.item_starts[item : item + 2]
+        first = last = worker
+        if begin < self.starts[worker]:
+            first = self.cuts_below(begin + self.min_fragment) - 1
+        if end > self.starts[worker + 1]:
+            last = self.cuts_below(end - self.min_fragment + 1) - 1
+        return first, last
+
+
+def divisions(count=300):
+    draw = random.Random(0)
+    for _ in range(count):
+        longest = draw.choice([1, 3, 9, 40, 600])
+        page_counts = [draw.randint(0, longest) for _ in range(draw.choice([1, 2, 17, 90]))]
+        min_fragment = draw.randint(1, 4)
+        if sum(page_counts):
+            yield Division(
+                page_counts,
+                num_kv_heads=draw.choice([1, 3, 8]),
+                max_workers=draw.choice([1, 2, 24, 64, 256, 1056]),
+                min_pages=draw.randint(min_fragment, 8),
+                min_fragment=min_fragment,
+            )
+
+
+def test_ranges_cover_every_page_once_and_are_even():
+    for division in divisions():
+        assert division.starts[0] == 0
+        assert division.starts[-1] == division.total
+        share = division.total / division.num_workers
+        for begin, end in pairwise(division.starts):
+            assert 0 <= end - begin <= share + 1 + 2 * (division.min_fragment - 1)
+
+
+def test_no_part_of_a_cut_item_is_shorter_than_a_fragment():
+    for division in divisions():
+        for worker in range(division.num_workers):
+            for item, begin, end in division.parts(worker):
+                assert end - begin == division.items[item] or end - begin >= division.min_fragment
+
+
+def test_all_workers_of_a_cut_item_agree_on_who_they_are():
+    for division in divisions():
+        holders = {}
+        for worker in range(division.num_workers):
+            for item, _, _ in division.parts(worker):
+                holders.setdefault(item, []).append(worker)
+        for item, workers in holders.items():
+            assert workers == list(range(workers[0], workers[-1] + 1))
+            for worker in workers:
+                assert division.merged_by(worker, item) == (workers[0], workers[-1])
+
+
+def test_no_two_parts_share_a_place_in_the_workspace_or_a_counter():
+    for division in divisions():
+        places, counters = set(), {}
+        for worker in range(division.num_workers):
+            for item, begin, end in division.parts(worker):
+                if end - begin == division.items[item]:
+                    continue
+                first, _ = division.merged_by(worker, item)
+                place = 2 * worker + (worker == first)
+                assert place not in places
+                places.add(place)
+                assert counters.setdefault(first, item) == item
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+
+def operands(heads, page_size=16, dtype=torch.bfloat16, num_rows=1):
+    pages = torch.zeros(2, heads.num_kv_heads, page_size, heads.head_dim, dtype=dtype)
+    rows = DecodeRows(
+        row_ids_R=torch.zeros(num_rows, dtype=torch.int32),
+        kv_lens_R=torch.ones(num_rows, dtype=torch.int32),
+        page_table_RP=torch.zeros(num_rows, 1, dtype=torch.int32),
+        max_kv_len=1,
+    )
+    qkv = torch.zeros(1, heads.qo_size + 2 * heads.kv_size, dtype=dtype)
+    out = torch.zeros(1, heads.qo_size, dtype=dtype)
+    return [qkv, pages, pages.clone(), rows, out, heads]
+
+
+HEADS = HeadShape(num_qo_heads=8, num_kv_heads=2, head_dim=128)
+
+
+def test_pages_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"pages of 16 tokens, got 32: make the cache with"):
+        decode_attention(*operands(HEADS, page_size=32), 8)
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        HeadShape(num_qo_heads=8, num_kv_heads=2, head_dim=96),
+        HeadShape(num_qo_heads=34, num_kv_heads=2, head_dim=128),
+        HeadShape(num_qo_heads=3, num_kv_heads=2, head_dim=128),
+    ],
+    ids=str,
+)
+def test_heads_that_do_not_fit_are_refused(heads):
+    with pytest.raises(ValueError, match="use the variant `triton`"):
+        decode_attention(*operands(heads), 8)
+
+
+def test_other_types_and_layouts_are_refused():
+    with pytest.raises(ValueError, match="`qkv` must be bfloat16"):
+        decode_attention(*operands(HEADS, dtype=torch.float16), 8)
+    given = operands(HEADS)
+    given[1] = given[1].transpose(0, 1).contiguous().transpose(0, 1)
+    with pytest.raises(ValueError, match="`k_pages` must be contiguous"):
+        decode_attention(*given, 8)
+
+
+def test_a_tile_that_does_not_fit_an_sm_is_refused():
+    with pytest.raises(ValueError, match="bytes of shared memory at head dimension 128"):
+        launch_decode(replace(DECODE_TILE, num_warps=16), *operands(HEADS), 8)
+
+
+def test_no_rows_are_no_work():
+    given = operands(HEADS, num_rows=0)
+    decode_attention(*given, 8)
+    assert not given[4].any()
