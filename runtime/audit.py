@@ -3,6 +3,8 @@
 A shadow holds what every byte should be. Before a nano-op its pure outputs and its scratch rows are
 poisoned with NaN; after it, its own rows are copied to the shadow, and then buffers, guard rows and
 the layer's cache pages must equal the shadow bit by bit, and no poison may be left in its outputs.
+An all-reduce that leaves the sum to the norm writes the rows received from the peers, and no other
+buffer; what it sends is checked on the peers. They send only while the same nano-op runs here.
 
 Shape legend: T rows of the dense batch, R rows of one nano-op.
 """
@@ -44,8 +46,8 @@ def audit(executor: Executor, rank: int) -> None:
 class _Auditor:
     def __init__(self, executor: Executor, rank: int) -> None:
         self._executor, self._rank = executor, rank
-        self._buffers = executor.buffers.named()
-        self._guarded = executor.buffers.guarded()
+        self._buffers = executor.buffers.named() | executor.received
+        self._guarded = executor.buffers.guarded() | executor.received
         self._ids = executor.schedule.ids
         cache = executor.cache
         self._pages = {
@@ -60,16 +62,17 @@ class _Auditor:
         if not self._shadow:  # the embedding has just written the residual
             self._shadow = {name: rows.clone() for name, rows in self._guarded.items()}
         op = self._op(instance)
-        for name in (*OUTPUTS[op], *SCRATCH.get(op, ())):
+        for name in (*self._outputs(instance), *SCRATCH.get(op, ())):
             if name not in IN_PLACE.get(op, ()):
                 self._buffers[name][self._rows(instance)] = float("nan")
 
     def after(self, instance: Instance) -> None:
         op, rows_R = self._op(instance), self._rows(instance)
-        for name in OUTPUTS[op]:
+        outputs = self._outputs(instance)
+        for name in outputs:
             self._check_written(instance, name, rows_R)
-        for name in (*OUTPUTS[op], *SCRATCH.get(op, ())):
-            self._shadow[name][rows_R + GUARD_ROWS] = self._buffers[name][rows_R]
+        for name in (*outputs, *SCRATCH.get(op, ())):
+            self._shadow[name][rows_R + self._first_row(name)] = self._buffers[name][rows_R]
         for name, guarded in self._guarded.items():
             if not same_bits(guarded, self._shadow[name]):
                 self._fail_outside(instance, name)
@@ -85,6 +88,15 @@ class _Auditor:
 
     def _op(self, instance: Instance) -> str:
         return self._executor.schedule.nano_ops[instance.index].op
+
+    def _outputs(self, instance: Instance) -> tuple[str, ...]:
+        if instance.index in self._executor.fetching:
+            return tuple(self._executor.received)
+        return OUTPUTS[self._op(instance)]
+
+    def _first_row(self, name: str) -> int:
+        """Guard rows before row 0; received rows have spare ones behind them only."""
+        return 0 if name in self._executor.received else GUARD_ROWS
 
     def _rows(self, instance: Instance) -> Tensor:
         """Rows that the nano-op owns: of its range, those of its kind."""
@@ -110,7 +122,7 @@ class _Auditor:
         guarded = self._guarded[name]
         bits = _BITS[guarded.element_size()]
         is_changed_T = (guarded.view(bits) != self._shadow[name].view(bits)).any(dim=-1)
-        changed_T = is_changed_T.nonzero().flatten() - GUARD_ROWS
+        changed_T = is_changed_T.nonzero().flatten() - self._first_row(name)
         raise VerificationError(
             f"{self._name(instance)} wrote {_some(changed_T)} of {name}, outside its own "
             f"rows of the range [{start}, {end})"

@@ -6,7 +6,7 @@ the executor's loop neither slices nor looks anything up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,10 +17,11 @@ from . import kernels
 from .batching import DenseBatch
 from .buffers import Buffers
 from .kernels import registry
-from .kernels.registry import DecodeRows, PrefillRows
+from .kernels.registry import DecodeRows, PrefillRows, Received
 from .kv_cache import PagedKvCache
 from .op_graph import OpGraph
 from .plan import NanoOp
+from .schedule import intersects
 from .weights import Weights
 
 Launch = Callable[[], None]
@@ -52,6 +53,9 @@ IN_PLACE: dict[str, tuple[str, ...]] = {
 SCRATCH: dict[str, tuple[str, ...]] = {"up_gate": ("up_gate_T2F",)}
 """Buffers that the op may write in its own rows and that no other op reads."""
 
+_ALL_SMS = 132
+"""More blocks than the final sum needs; it runs outside of partitions."""
+
 _GEMMS: dict[str, tuple[str, str, str]] = {
     "kqv": ("normed_TD", "kqv_CD", "qkv_TC"),
     "o_proj": ("attn_TQ", "o_proj_DQ", "o_TD"),
@@ -70,6 +74,8 @@ class Binder:
     batch: DenseBatch
     buffers: Buffers
     groups: Mapping[str, Any] | None
+    nano_ops: Sequence[NanoOp]
+    """Of the schedule: a norm looks up how the rows it adds were reduced."""
     attention_rows: dict[tuple[str, tuple[int, int]], DecodeRows | PrefillRows | None] = field(
         default_factory=dict[tuple[str, tuple[int, int]], "DecodeRows | PrefillRows | None"]
     )
@@ -98,10 +104,7 @@ class Binder:
             case "decode_attention" | "prefill_attention":
                 return self._attention(kernel, nano_op, layer)
             case "all_reduce":
-                (name,) = OUTPUTS[nano_op.op]
-                return partial(
-                    kernel, self._rows(nano_op)[name], self._group(nano_op), nano_op.num_sms
-                )
+                return self._all_reduce(kernel, nano_op)
             case _:
                 raise ValueError(f"{nano_op.op} is not an op of a layer")
 
@@ -109,14 +112,66 @@ class Binder:
         start, end = nano_op.tokens
         return {name: buffer[start:end] for name, buffer in self.buffers.named().items()}
 
+    def _all_reduce(self, kernel: registry.Kernel, nano_op: NanoOp) -> Launch:
+        (name,) = OUTPUTS[nano_op.op]
+        group = self._group(nano_op)
+        if self.leaves_sum(nano_op):
+            group = {**group, nano_op.variant: self._inbox(nano_op)}
+        x_TD, first_row = self._rows(nano_op)[name], nano_op.tokens[0]
+        return partial(kernel, x_TD, group, nano_op.num_sms, first_row)
+
+    def leaves_sum(self, nano_op: NanoOp) -> bool:
+        """Whether an all-reduce only fetches the peers' rows, for their reader to sum."""
+        is_cuda = self.weights.device.type == "cuda" and self.groups is not None
+        is_all_reduce = self.graph.op(nano_op.op).kind == "all_reduce"
+        return is_cuda and is_all_reduce and nano_op.variant in registry.LEAVES_SUM
+
+    def _inbox(self, nano_op: NanoOp) -> Any:  # noqa: ANN401 - CUDA only, not imported on a CPU
+        from .kernels.copy_engine import inbox_of
+
+        o_TD = self.buffers.o_TD
+        return inbox_of(self._group(nano_op), o_TD.shape[0], o_TD.shape[1], o_TD.dtype)
+
+    def _received(self, op: str, tokens: tuple[int, int]) -> Received | None:
+        """What the peers sent for rows whose all-reduce `op` leaves the sum to their reader."""
+        producers = [n for n in self.nano_ops if n.op == op and intersects(n.tokens, tokens)]
+        leaving = [n for n in producers if self.leaves_sum(n)]
+        if not leaving:
+            return None
+        if len(leaving) < len(producers):
+            names = ", ".join(sorted({n.variant for n in producers}))
+            raise ValueError(
+                f"the norm of rows [{tokens[0]}, {tokens[1]}) sums what {op} fetched, so all of "
+                f"{op} there must use one of {', '.join(registry.LEAVES_SUM)} or none, but it uses "
+                f"{names}: choose one, or cut the norm at the same rows"
+            )
+        return self._inbox(leaving[0]).received(*tokens)
+
+    def received_buffers(self) -> dict[str, Tensor]:
+        """Inboxes of this schedule by name, with rows of the dense batch; the peers write them."""
+        leaving = [nano_op for nano_op in self.nano_ops if self.leaves_sum(nano_op)]
+        return self._inbox(leaving[0]).named() if leaving else {}
+
+    def final_sums(self) -> list[Launch]:
+        """What sums the last layer's rows in ffn_TD, as no norm of a layer reads them."""
+        launches: list[Launch] = []
+        for nano_op in self.nano_ops:
+            if nano_op.op == "ffn_all_reduce" and self.leaves_sum(nano_op):
+                from .kernels.symmetric_all_reduce import add_received
+
+                rows = self.buffers.ffn_TD[slice(*nano_op.tokens)]
+                received = self._inbox(nano_op).received(*nano_op.tokens)
+                launches.append(partial(add_received, rows, received, _ALL_SMS))
+        return launches
+
     def _norm(self, kernel: registry.Kernel, nano_op: NanoOp, layer: int) -> Launch:
         rows, weights = self._rows(nano_op), self.weights.layers[layer]
         if nano_op.op == "attn_norm":
             # The embedding wrote the residual: layer 0 has nothing to add.
             delta_TD = rows["ffn_TD"] if layer > 0 else None
-            weight_D = weights.attn_norm_D
+            reduction, weight_D = "ffn_all_reduce", weights.attn_norm_D
         else:
-            delta_TD, weight_D = rows["o_TD"], weights.ffn_norm_D
+            delta_TD, reduction, weight_D = rows["o_TD"], "attn_all_reduce", weights.ffn_norm_D
         return partial(
             kernel,
             rows["residual_TD"],
@@ -125,6 +180,7 @@ class Binder:
             rows["normed_TD"],
             self.graph.model.rms_norm_eps,
             nano_op.num_sms,
+            self._received(reduction, nano_op.tokens),
         )
 
     def _gemm(self, kernel: registry.Kernel, nano_op: NanoOp, layer: int) -> Launch:

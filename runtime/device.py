@@ -12,6 +12,7 @@ from typing import Any
 from ..search_spaces.schema import HardwareSpec
 from .executor import Resources
 from .kernels.collectives import make_groups
+from .kernels.copy_engine import CopyEngine
 from .launch import RankContext
 from .op_graph import OpGraph
 from .partition_layout import GroupRange, Slot, concurrent_slots, layout
@@ -54,12 +55,13 @@ def device_resources(
 
 
 def lane_groups(ctx: RankContext, schedules: Sequence[Schedule]) -> Mapping[str, Any] | None:
-    """NCCL communicators of every lane, kept for later calls; None with one rank."""
+    """What the collectives of every lane need, kept for later calls; None with one rank."""
     if ctx.world_size == 1:
         return None
     groups: dict[str, Any] = ctx.state.setdefault("lane_groups", {})
+    engine: CopyEngine = ctx.state.setdefault("copy_engine", CopyEngine())
     named = (lane for schedule in schedules for lane in schedule.lanes)
     for lane in dict.fromkeys((*LANES, *named)):
         if lane not in groups:
-            groups[lane] = make_groups(ctx.world_size)
+            groups[lane] = make_groups(ctx.world_size, engine)
     return groups

@@ -111,12 +111,22 @@ class Executor:
             batch=self.batch,
             buffers=self.buffers,
             groups=self.resources.groups,
+            nano_ops=self.schedule.nano_ops,
         )
         self._steps = [
             _Step(launch=binder.bind(nano_op, instance.layer), stream=self._stream(nano_op))
             for instance in self.instances
             for nano_op in (self.schedule.nano_ops[instance.index],)
         ]
+        self._final_sums = binder.final_sums()
+        self.received = binder.received_buffers()
+        """Rows that peers' copy engines write, by name; empty for other all-reduces."""
+        self.fetching = frozenset(
+            index
+            for index, nano_op in enumerate(self.schedule.nano_ops)
+            if binder.leaves_sum(nano_op)
+        )
+        """Nano-ops that write `received` instead of their own buffer."""
         self._streams = tuple(dict.fromkeys(step.stream for step in self._steps if step.stream))
         self._connect()
         self._allocate_outputs()
@@ -258,6 +268,8 @@ class Executor:
 
     def _finish(self) -> None:
         """Final norm, LM head and greedy sampling on the logit rows."""
+        for final_sum in self._final_sums:
+            final_sum()
         weights, rows_R = self.weights, self.batch.logit_rows_R
         torch.index_select(self.buffers.residual_TD, 0, rows_R, out=self._last_RD)
         torch.index_select(self.buffers.ffn_TD, 0, rows_R, out=self._delta_RD)

@@ -260,6 +260,9 @@ def _join(
 
     context = RankContext(rank, world_size, f"cuda:{rank}" if device == "cuda" else "cpu")
     if device == "cuda":
+        # Collectives write to the peers directly; NVLink multicast stays off.
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         torch.cuda.set_device(rank)
     else:
         torch.set_num_threads(1)  # small ops; several ranks share the cores

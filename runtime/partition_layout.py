@@ -98,7 +98,7 @@ def concurrent_slots(
 def layout(
     schedule: Schedule, pairs: Iterable[tuple[int, int]], num_sms: int, split: SmSplit
 ) -> dict[Slot, GroupRange]:
-    """Place every (lane, share) below the whole GPU.
+    """Place every (lane, share) below the whole GPU; a share of 0 needs no place.
 
     Args:
         schedule: what to place.
@@ -115,7 +115,7 @@ def layout(
         meets.setdefault(second, set()).add(first)
     lanes = sorted(schedule.lanes, key=_lane_rank)
     placed: dict[Slot, GroupRange] = {}
-    slots = {slot_of(nano_op) for nano_op in schedule.nano_ops if nano_op.num_sms != num_sms}
+    slots = {slot_of(nano_op) for nano_op in schedule.nano_ops if 0 < nano_op.num_sms < num_sms}
     order = sorted(slots, key=lambda slot: (_placement_turn(slot[0], lanes), -slot[1]))
     for slot in order:
         lane, share = slot

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from ..search_spaces.schema import Dtype, RowOrder
 
 SCHEMA = "nanoflow-plan/1"
+SM_FREE_VARIANTS = ("copy_engine",)
+"""Kernel variants that occupy no SM: only they may be given a share of 0."""
 Lane = str
 """Nano-ops of one lane run one after the other, lanes run side by side."""
 
@@ -54,6 +56,7 @@ class NanoOp:
     """Half-open range of dense-batch rows."""
     lane: Lane
     num_sms: int
+    """0: it takes none, see SM_FREE_VARIANTS."""
     variant: str
     """Name of a registered kernel variant, e.g. `cublas`, `triton_128x256`, `nccl`."""
     stage: int = 0
@@ -67,10 +70,12 @@ class NanoOp:
             raise ValueError(
                 f"`tokens` must be a range 0 <= start < end, but got {self.tokens} in {self.op}"
             )
-        if self.num_sms <= 0 or self.stage < 0:
+        least = 0 if self.variant in SM_FREE_VARIANTS else 1
+        if self.num_sms < least or self.stage < 0:
             raise ValueError(
-                "`num_sms` must be positive and `stage` not negative, but got "
-                f"num_sms={self.num_sms}, stage={self.stage} in {self.op}"
+                "`num_sms` must be positive (0 is for variants that take no SMs: "
+                f"{', '.join(SM_FREE_VARIANTS)}) and `stage` not negative, but got "
+                f"num_sms={self.num_sms}, stage={self.stage} in {self.op}, {self.variant}"
             )
 
 

@@ -45,7 +45,7 @@ class PartitionView:
         self._streams = {slot: owner.stream_of(groups) for slot, groups in slots.items()}
 
     def stream(self, lane: str, num_sms: int) -> torch.cuda.Stream:
-        """The stream of a slot; a share of all SMs gets a plain stream of its lane.
+        """The stream of a slot; a share of all SMs, or of none, gets a plain stream of its lane.
 
         Raises:
             PartitionError: the slot was not laid out; names it and the known ones.
@@ -53,7 +53,7 @@ class PartitionView:
         found = self._streams.get((lane, num_sms))
         if found is not None:
             return found
-        if num_sms != self._owner.num_sms:
+        if num_sms not in (0, self._owner.num_sms):
             known = ", ".join(f"{lane}:{share}" for lane, share in sorted(self._streams))
             raise PartitionError(
                 f"no partition of {num_sms} SMs on lane {lane}; known: {known or 'none'}"

@@ -88,8 +88,25 @@ class Gemm(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Received:
+    """Partial rows that the peers sent, where an all-reduce leaves the sum to its reader."""
+
+    parts_WTD: Tensor
+    """By rank (W); the place of this rank is not used: its own partial is the `delta_TD`."""
+    rank: int
+
+
+LEAVES_SUM = ("copy_engine",)
+"""All-reduce variants (CUDA) after which `Received` holds the peers' rows: their reader sums."""
+
+
 class Norm(Protocol):
-    """residual_TD += delta_TD (when given); out_TD = RMSNorm(residual_TD) * weight_D."""
+    """residual_TD += delta_TD (when given); out_TD = RMSNorm(residual_TD) * weight_D.
+
+    With `received`, what is added is the sum of delta_TD and the peers' parts in rank order, in
+    fp32, rounded to the dtype of delta_TD: the same bits as an all-reduce before the norm.
+    """
 
     def __call__(
         self,
@@ -99,6 +116,7 @@ class Norm(Protocol):
         out_TD: Tensor,
         eps: float,
         num_sms: int,
+        received: Received | None = None,
     ) -> None:
         """Launch on the current stream."""
         ...
@@ -179,13 +197,20 @@ class GemmSilu(Protocol):
 
 
 class AllReduce(Protocol):
-    """Sum x_TD over the ranks, in place.
+    """Sum x_TD over the ranks, in place; variants of LEAVES_SUM only fetch what is to be added.
 
-    `group` is what `Resources.groups` holds for the lane: a ProcessGroup on a CPU, on CUDA the
-    lane's communicators by variant.
+    `group` is what `Resources.groups` holds for the lane: a ProcessGroup on a CPU, on CUDA what
+    `collectives.make_groups` gives. `first_row` is the place of x_TD's first row in the dense
+    batch: calls that run side by side have different ones.
     """
 
-    def __call__(self, x_TD: Tensor, group: Any, num_sms: int) -> None:  # noqa: ANN401
+    def __call__(
+        self,
+        x_TD: Tensor,
+        group: Any,  # noqa: ANN401
+        num_sms: int,
+        first_row: int = 0,
+    ) -> None:
         """Launch on the current stream."""
         ...
 

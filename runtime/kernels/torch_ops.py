@@ -8,14 +8,14 @@ Shape legend as in `registry.py`; further N keys gathered, M query heads of one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .registry import DecodeRows, HeadShape, PrefillRows, register
+from .registry import DecodeRows, HeadShape, PrefillRows, Received, register
 
 _GATHER_ELEMENTS = 1 << 26
 """Decode rows are worked on in chunks that gather at most this many key elements."""
@@ -40,6 +40,14 @@ def gemm(
         torch.addmm(bias_N, x_TK, weight_NK.t(), out=out_TN)
 
 
+def _sum_in_order(parts: Sequence[Tensor]) -> Tensor:
+    """Sum in fp32, first part first, rounded to the parts' dtype."""
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part.float()
+    return total.to(parts[0].dtype)
+
+
 @register("norm", "torch", "cpu")
 @register("norm", "torch", "cuda")
 def norm(
@@ -49,8 +57,13 @@ def norm(
     out_TD: Tensor,
     eps: float,
     num_sms: int,
+    received: Received | None = None,
 ) -> None:
     """residual_TD += delta_TD (when given); out_TD = RMSNorm(residual_TD) * weight_D."""
+    if delta_TD is not None and received is not None:
+        parts = list(received.parts_WTD.unbind(0))
+        parts[received.rank] = delta_TD
+        delta_TD = _sum_in_order(parts)
     if delta_TD is not None:
         residual_TD.add_(delta_TD)
     x_TD = residual_TD.float()
@@ -197,6 +210,7 @@ def all_reduce(
     x_TD: Tensor,
     group: Any,  # noqa: ANN401 - process group
     num_sms: int,
+    first_row: int = 0,
 ) -> None:
     """Sum over the ranks in place; no group means one rank.
 
@@ -211,16 +225,14 @@ def all_reduce_in_rank_order(
     x_TD: Tensor,
     group: Any,  # noqa: ANN401 - process group
     num_sms: int,
+    first_row: int = 0,
 ) -> None:
     """Sum in rank order: the same bits on every rank, for every split of the rows."""
     if group is None:
         return
     parts = [torch.empty_like(x_TD) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, x_TD, group=group)
-    total_TD = parts[0].float()
-    for part_TD in parts[1:]:
-        total_TD = total_TD + part_TD.float()
-    x_TD.copy_(total_TD)
+    x_TD.copy_(_sum_in_order(parts))
 
 
 @register("sampling", "torch", "cpu")

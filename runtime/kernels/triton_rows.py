@@ -10,24 +10,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .registry import HeadShape, register
+from .registry import HeadShape, Received, register
 
 
 @triton.jit
 def _add_rms_norm(  # noqa: ANN202
     residual_ptr,  # noqa: ANN001
     delta_ptr,  # noqa: ANN001
+    received_ptr,  # noqa: ANN001
     weight_ptr,  # noqa: ANN001
     out_ptr,  # noqa: ANN001
     stride_residual,  # noqa: ANN001
     stride_delta,  # noqa: ANN001
+    stride_rank,  # noqa: ANN001
+    stride_received,  # noqa: ANN001
     stride_out,  # noqa: ANN001
     D,  # noqa: ANN001
     eps,  # noqa: ANN001
     HAS_DELTA: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One row per program."""
+    """One row per program; with RANKS > 1, delta is summed with what the other ranks sent."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
     mask = columns < D
@@ -35,7 +40,21 @@ def _add_rms_norm(  # noqa: ANN202
     x = x.to(tl.float32)
     if HAS_DELTA:
         delta = tl.load(delta_ptr + row * stride_delta + columns, mask=mask, other=0.0)
-        summed = (x + delta.to(tl.float32)).to(residual_ptr.dtype.element_ty)
+        delta = delta.to(tl.float32)
+        if RANKS > 1:
+            total = tl.zeros([BLOCK_D], dtype=tl.float32)
+            for peer in tl.static_range(RANKS):
+                if peer == RANK:
+                    part = delta
+                else:
+                    place = received_ptr + peer * stride_rank + row * stride_received + columns
+                    part = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+                if peer == 0:
+                    total = part
+                else:
+                    total += part
+            delta = total.to(delta_ptr.dtype.element_ty).to(tl.float32)  # as an all-reduce rounds
+        summed = (x + delta).to(residual_ptr.dtype.element_ty)
         tl.store(residual_ptr + row * stride_residual + columns, summed, mask=mask)
         x = summed.to(tl.float32)
     variance = tl.sum(x * x, axis=0) / D
@@ -52,21 +71,31 @@ def add_rms_norm(
     out_TD: Tensor,
     eps: float,
     num_sms: int,
+    received: Received | None = None,
 ) -> None:
-    """residual_TD += delta_TD; out_TD = RMSNorm(residual_TD) * weight_D."""
+    """residual_TD += delta_TD, summed over the ranks; out_TD = RMSNorm(residual_TD) * weight_D."""
     rows, width = residual_TD.shape
     delta = residual_TD if delta_TD is None else delta_TD
+    ranks, rank, parts, stride_rank, stride_received = 1, 0, delta, 0, 0
+    if delta_TD is not None and received is not None:
+        parts, rank = received.parts_WTD, received.rank
+        ranks, stride_rank, stride_received = parts.shape[0], parts.stride(0), parts.stride(1)
     _add_rms_norm[(rows,)](
         residual_TD,
         delta,
+        parts,
         weight_D,
         out_TD,
         residual_TD.stride(0),
         delta.stride(0),
+        stride_rank,
+        stride_received,
         out_TD.stride(0),
         width,
         eps,
         HAS_DELTA=delta_TD is not None,
+        RANK=rank,
+        RANKS=ranks,
         BLOCK_D=triton.next_power_of_2(width),
         num_warps=8,
     )
