@@ -16,8 +16,7 @@ BLOCK_K = 64
 STORE_COLUMNS = 64
 STORE_ROWS = 64
 CONSUMERS = 2
-_WIDTH_STEP = 16
-_WIDTHS = range(96, 257, _WIDTH_STEP)
+_WIDTHS = range(96, 257, 8)
 _MAX_ACCUMULATORS = 176
 """fp32 sums a thread can hold beside everything else."""
 _MAX_SHARED_BYTES = 227 << 10
@@ -27,10 +26,11 @@ _BARRIER_BYTES = 1024 + 256
 _MIN_SPLIT_STEPS = 8
 """A cluster that takes part in a split gets at least this many k-steps."""
 
-# Clocks per k-step and tile, for comparing tiles of one call with each other: tensor cores do 2048
-# bf16 multiply-adds a clock and SM (datasheet), the L2 port gives 56 of its 64 bytes.
+# Clocks, for comparing tiles of one call with each other: tensor cores do 2048 bf16 multiply-adds a
+# clock and SM (datasheet); the rest is fitted to sweeps of the width (results/LOG.md).
 _MULTIPLY_ADDS_PER_CLOCK = 2048
-_PORT_BYTES_PER_CLOCK = 56
+_STEP_CLOCKS = 150
+"""What a k-step costs beside its multiplications: narrow tiles pay it more often."""
 _TILE_CLOCKS = 1500
 _PARTIAL_BYTES_PER_CLOCK = 24
 """Writing a partial sum and reading it back, all SMs at once."""
@@ -69,10 +69,8 @@ class GemmTile:
 
     @property
     def step_clocks(self) -> float:
-        """Clocks of one k-step: tensor cores or loads, whichever takes longer."""
-        tensor = self.rows * self.columns * BLOCK_K / _MULTIPLY_ADDS_PER_CLOCK
-        loaded = (self.rows + self.columns / self.cluster) * BLOCK_K * 2
-        return max(tensor, loaded / _PORT_BYTES_PER_CLOCK)
+        """Clocks of one k-step, to compare with those of other tiles."""
+        return self.rows * self.columns * BLOCK_K / _MULTIPLY_ADDS_PER_CLOCK + _STEP_CLOCKS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,18 +119,26 @@ class Division:
 
 @functools.lru_cache(maxsize=4096)
 def fitted_tile(
-    tile_rows: int,
-    cluster: int,
-    is_split: bool,
     rows: int,
     columns: int,
     depth: int,
     num_sms: int,
+    *,
+    tile_rows: int = 128,
+    cluster: int = 1,
+    is_split: bool = False,
+    has_silu: bool = False,
 ) -> GemmTile:
-    """The tile of this height whose width takes the fewest clocks; of equal ones the widest."""
+    """The tile of this height whose width takes the fewest clocks; of equal ones the widest.
+
+    Weights that come in two loads (up and gate, or one for each CTA of a pair) need halves of whole
+    blocks of eight rows.
+    """
+    step = 16 if has_silu or cluster > 1 else 8
     tiles = (
         GemmTile(rows=tile_rows, columns=width, cluster=cluster, is_split=is_split)
         for width in reversed(_WIDTHS)
+        if width % step == 0
     )
     return min(
         (tile for tile in tiles if tile.accumulators <= _MAX_ACCUMULATORS),

@@ -42,9 +42,18 @@ class GemmFamily:
     cluster: int = 1
     is_split: bool = False
 
-    def tile(self, rows: int, columns: int, depth: int, num_sms: int) -> GemmTile:
-        """The tile for one shape and share."""
-        return fitted_tile(self.rows, self.cluster, self.is_split, rows, columns, depth, num_sms)
+    def tile(self, x_TK: Tensor, weight_NK: Tensor, num_sms: int, *, has_silu: bool) -> GemmTile:
+        """The tile for one call."""
+        return fitted_tile(
+            x_TK.shape[0],
+            weight_NK.shape[0],
+            x_TK.shape[1],
+            num_sms,
+            tile_rows=self.rows,
+            cluster=self.cluster,
+            is_split=self.is_split,
+            has_silu=has_silu,
+        )
 
 
 FAMILIES = (
@@ -77,8 +86,6 @@ def wgmma_source(width: int) -> str:
 @functools.cache
 def compiled(tile: GemmTile, *, has_silu: bool) -> CudaKernel:
     """The kernel for one tile."""
-    # A tile of 64 rows could not be divided between the consumers along its rows.
-    consumers_n = 2 if tile.rows == 64 else 1
     return CudaKernel(
         "gemm.cu",
         "gemm",
@@ -87,11 +94,10 @@ def compiled(tile: GemmTile, *, has_silu: bool) -> CudaKernel:
             "BLOCK_N": tile.columns,
             "STAGES": tile.num_stages,
             "CLUSTER": tile.cluster,
-            "CONSUMERS_N": consumers_n,
             "SILU": int(has_silu),
             "STREAM_K": int(tile.is_split),
         },
-        headers={"wgmma_width.cuh": wgmma_source(tile.columns // consumers_n)},
+        headers={"wgmma_width.cuh": wgmma_source(tile.columns)},
     )
 
 
@@ -159,7 +165,7 @@ def launch_gemm(
         _check(name, tensor)
     width, out_width = weight_NK.shape[0], out_TN.shape[1]
     division = Division.of(tile, rows, width, depth, num_sms)
-    box_rows = tile.columns // (4 if tile.rows == 64 else 2)
+    num_boxes = 2 if has_silu or tile.cluster > 1 else 1
     partials, flags = out_TN, out_TN  # not touched when nothing is split
     if division.split_units:
         workspace = _workspace(num_sms)
@@ -179,7 +185,12 @@ def launch_gemm(
         tile.shared_bytes,
         (
             tensor_map(x_TK, (depth, rows), (x_TK.stride(0),), (BLOCK_K, tile.rows)),
-            tensor_map(weight_NK, (depth, width), (weight_NK.stride(0),), (BLOCK_K, box_rows)),
+            tensor_map(
+                weight_NK,
+                (depth, width),
+                (weight_NK.stride(0),),
+                (BLOCK_K, tile.columns // num_boxes),
+            ),
             tensor_map(out_TN, (out_width, rows), (out_TN.stride(0),), (STORE_COLUMNS, STORE_ROWS)),
             out_TN,
             ctypes.c_void_p() if bias_N is None else bias_N,
@@ -196,7 +207,7 @@ def _gemm(family: GemmFamily) -> Callable[..., None]:
     def gemm(
         x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, out_TN: Tensor, num_sms: int
     ) -> None:
-        tile = family.tile(x_TK.shape[0], weight_NK.shape[0], x_TK.shape[1], num_sms)
+        tile = family.tile(x_TK, weight_NK, num_sms, has_silu=False)
         launch_gemm(tile, x_TK, weight_NK, bias_N, out_TN, num_sms)
 
     return gemm
@@ -207,7 +218,7 @@ def _gemm_silu(family: GemmFamily) -> Callable[..., None]:
         x_TK: Tensor, weight_2FK: Tensor, scratch_T2F: Tensor, out_TF: Tensor, num_sms: int
     ) -> None:
         del scratch_T2F  # up and gate never leave the registers
-        tile = family.tile(x_TK.shape[0], weight_2FK.shape[0], x_TK.shape[1], num_sms)
+        tile = family.tile(x_TK, weight_2FK, num_sms, has_silu=True)
         launch_gemm(tile, x_TK, weight_2FK, None, out_TF, num_sms, has_silu=True)
 
     return gemm_silu

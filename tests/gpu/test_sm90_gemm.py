@@ -11,8 +11,8 @@ pytestmark = pytest.mark.gpu
 # than SMs, several waves, a width that is a whole number of every tile.
 SHAPES = [
     (1, 256, 64),
-    (200, 776, 328),
-    (129, 1000, 40),
+    (200, 784, 328),
+    (129, 1008, 40),
     (512, 4096, 4096),
     (640, 1280, 512),
     (1000, 6144, 1024),

@@ -14,6 +14,7 @@ from nanoflow_tune.runtime.kernels.sm90_gemm import compiled
 GEMM_TILES = [
     (GemmTile(rows=128, columns=256), False),
     (GemmTile(rows=128, columns=256), True),
+    (GemmTile(rows=128, columns=136), False),
     (GemmTile(rows=128, columns=144), True),
     (GemmTile(rows=128, columns=96, cluster=2), True),
     (GemmTile(rows=128, columns=256, cluster=2), False),

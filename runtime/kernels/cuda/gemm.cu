@@ -20,21 +20,18 @@
 // where a tile takes BLOCK_N / 2 columns of each, so that a thread owns both of a pair.
 #include "hopper.cuh"
 #include "wgmma.cuh"
-#include "wgmma_width.cuh"  // generated: wgmma_width() for N = WIDTH
+#include "wgmma_width.cuh"  // generated: wgmma_width() for N = BLOCK_N
 
 namespace {
 
 constexpr int BLOCK_K = 64;  // 128 bytes: one swizzled row
 constexpr int WARPGROUP = 128;
 constexpr int CONSUMERS = 2;
-constexpr int CONSUMERS_M = CONSUMERS / CONSUMERS_N;
-constexpr int TILES_M = BLOCK_M / (64 * CONSUMERS_M);  // wgmma tiles of a consumer along M
-constexpr int WIDTH = BLOCK_N / CONSUMERS_N;           // wgmma N
-constexpr int BOX_ROWS = WIDTH / 2;                    // weights come in boxes of half a consumer's
-constexpr int NUM_BOXES = 2 * CONSUMERS_N;
-constexpr int ACCUMULATORS = WIDTH / 2;  // per thread and wgmma tile
-constexpr int OUT_WIDTH = SILU ? WIDTH / 2 : WIDTH;
-constexpr int OUT_BLOCK_N = OUT_WIDTH * CONSUMERS_N;
+constexpr int TILES_M = BLOCK_M / (64 * CONSUMERS);     // wgmma tiles of a consumer, along the rows
+constexpr int NUM_BOXES = SILU || CLUSTER > 1 ? 2 : 1;  // of weights: up and gate, or one a CTA
+constexpr int BOX_ROWS = BLOCK_N / NUM_BOXES;
+constexpr int ACCUMULATORS = BLOCK_N / 2;  // per thread and wgmma tile
+constexpr int OUT_WIDTH = SILU ? BLOCK_N / 2 : BLOCK_N;
 constexpr int CHUNK = 64;  // columns of one TMA store: 128 bytes, swizzled
 constexpr int CHUNKS = OUT_WIDTH / CHUNK;
 constexpr int TAIL = OUT_WIDTH % CHUNK;  // the rest is stored from registers
@@ -47,7 +44,7 @@ constexpr int STAGE_BYTES = A_BYTES + W_BYTES;
 constexpr int STORE_OFFSET = STAGES * STAGE_BYTES;
 constexpr int BARRIER_OFFSET = STORE_OFFSET + CONSUMERS * CHUNK_BUFFERS * CHUNK_BYTES;
 
-static_assert(TILES_M * 64 * CONSUMERS_M == BLOCK_M, "BLOCK_M must divide into wgmma tiles");
+static_assert(TILES_M * 64 * CONSUMERS == BLOCK_M, "BLOCK_M must divide into wgmma tiles");
 static_assert(BOX_ROWS % 8 == 0, "a box of weights must be whole blocks of eight rows");
 
 // How the work is divided; the same in producer and consumers.
@@ -126,7 +123,7 @@ __device__ void produce(const TensorMap* a_map, const TensorMap* w_map, const Di
   for (int n = 0; segment_of(division, n, cluster, clusters, segment); ++n) {
     Place place = place_of(division, segment.tile);
     int row = (place.m * CLUSTER + static_cast<int>(rank)) * BLOCK_M;
-    int weight = place.n * (SILU ? BLOCK_N / 2 : BLOCK_N);
+    int weight = place.n * OUT_WIDTH;
     for (int step = segment.first_step; step < segment.end_step; ++step) {
       uint32 filled = full + 8 * stage;
       mbarrier_wait(empty + 8 * stage, parity ^ 1);
@@ -135,12 +132,11 @@ __device__ void produce(const TensorMap* a_map, const TensorMap* w_map, const Di
       tma_load_2d(a, a_map, filled, step * BLOCK_K, row);
 #pragma unroll
       for (int box = 0; box < NUM_BOXES; ++box) {
-        int first =
-            SILU ? weight + box / 2 * BOX_ROWS + (box % 2 ? gate_row : 0) : weight + box * BOX_ROWS;
+        int first = weight + box * (SILU ? gate_row : BOX_ROWS);
         uint32 target = w + box * BOX_ROWS * BLOCK_K * 2;
         if (CLUSTER == 1) {
           tma_load_2d(target, w_map, filled, step * BLOCK_K, first);
-        } else if (box % 2 == static_cast<int>(rank)) {
+        } else if (box == static_cast<int>(rank)) {
           tma_load_2d_multicast(target, w_map, filled, step * BLOCK_K, first, 3);
         }
       }
@@ -275,7 +271,7 @@ __device__ __forceinline__ void add_bias(float (&d)[TILES_M][ACCUMULATORS],
                                          const uint16* __restrict__ bias, int column, int columns,
                                          int thread) {
 #pragma unroll
-  for (int j = 0; j < WIDTH / 8; ++j) {
+  for (int j = 0; j < BLOCK_N / 8; ++j) {
     int at = column + 8 * j + 2 * (thread % 4);
     float even = at < columns ? __uint_as_float(static_cast<uint32>(bias[at]) << 16) : 0.0f;
     float odd = at + 1 < columns ? __uint_as_float(static_cast<uint32>(bias[at + 1]) << 16) : 0.0f;
@@ -293,9 +289,7 @@ __device__ void consume(const TensorMap* out_map, const Output& out, const Divis
                         uint32 ring, uint32 full, uint32 empty, uint32 store_buffers,
                         const uint16* bias, float* partials, int* flags, int cluster, int clusters,
                         uint32 rank, int consumer, int thread) {
-  int consumer_m = consumer % CONSUMERS_M, consumer_n = consumer / CONSUMERS_M;
-  uint32 a_offset = consumer_m * TILES_M * 64 * 128;
-  uint32 w_offset = A_BYTES + consumer_n * WIDTH * 128;
+  uint32 a_offset = consumer * TILES_M * 64 * 128;
   uint32 buffers = store_buffers + consumer * CHUNK_BUFFERS * CHUNK_BYTES;
   int stage = 0;
   uint32 parity = 0, turn = 0;
@@ -306,7 +300,7 @@ __device__ void consume(const TensorMap* out_map, const Output& out, const Divis
     for (int step = segment.first_step; step < segment.end_step; ++step) {
       mbarrier_wait(full + 8 * stage, parity);
       uint64 a = wgmma_descriptor(ring + stage * STAGE_BYTES + a_offset);
-      uint64 w = wgmma_descriptor(ring + stage * STAGE_BYTES + w_offset);
+      uint64 w = wgmma_descriptor(ring + stage * STAGE_BYTES + A_BYTES);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < BLOCK_K / 16; ++k) {
@@ -344,8 +338,8 @@ __device__ void consume(const TensorMap* out_map, const Output& out, const Divis
                    thread);
     }
     Place place = place_of(division, segment.tile);
-    int row = (place.m * CLUSTER + static_cast<int>(rank)) * BLOCK_M + consumer_m * TILES_M * 64;
-    int column = place.n * OUT_BLOCK_N + consumer_n * OUT_WIDTH;
+    int row = (place.m * CLUSTER + static_cast<int>(rank)) * BLOCK_M + consumer * TILES_M * 64;
+    int column = place.n * OUT_WIDTH;
     if (!SILU && bias != nullptr) add_bias(d, bias, column, out.columns, thread);
     store_tile(d, out_map, buffers, turn, row, column, consumer, thread);
     if (TAIL > 0) store_tail(d, out, row, column, thread);
