@@ -70,6 +70,8 @@ class CaseFactory:
             x, scratch, out = (self.randn(rows, width) for width in (k, n, n // 2))
             weight = self._weight(point.shape, n, k, index)
             return lambda: run(x, weight, scratch, out, share)
+        if point.kind == "grouped_gemm":
+            return self._grouped_gemm_call(point, run, sizes)
         if point.kind == "norm":
             x, delta, out = (self.randn(rows, sizes[0]) for _ in range(3))
             delta.mul_(1e-3)
@@ -87,6 +89,19 @@ class CaseFactory:
             logits = self.randn(rows, sizes[0])
             return lambda: _discard(torch.argmax(logits, dim=-1))
         return self._attention_call(point, run, sizes)
+
+    def _grouped_gemm_call(
+        self, point: Point, run: Callable[..., None], sizes: tuple[int, ...]
+    ) -> Call:
+        """Each token goes to different experts, all of them equally likely."""
+        experts, per_token, n, k = sizes
+        draws = torch.rand(point.tokens, experts, device=self._device, generator=self._generator)
+        chosen = draws.topk(per_token, dim=1).indices.flatten()
+        offsets = chosen.bincount(minlength=experts).cumsum(0).to(torch.int32)
+        rows = point.tokens * per_token
+        x, out = self.randn(rows, k), self.randn(rows, n)
+        weight = self._weight(point.shape, experts * n, k, 0).view(experts, n, k)
+        return lambda: run(x, weight, offsets, out, point.num_sms)
 
     def _weight(self, shape: str, n: int, k: int, index: int) -> Tensor:
         sets = self._weights.setdefault(shape, [])

@@ -25,6 +25,7 @@ OpKind = Literal[
     "norm",
     "gemm",
     "gemm_silu",
+    "grouped_gemm",
     "rope_append",
     "decode_attention",
     "prefill_attention",
@@ -33,8 +34,8 @@ OpKind = Literal[
     "sampling",
 ]
 """`silu_mul` is the kind of rows in profiles from before `gemm_silu`; no op of a graph has it."""
-GEMM_KINDS: tuple[OpKind, ...] = ("gemm", "gemm_silu")
-"""Kinds that multiply each row by every weight."""
+GEMM_KINDS: tuple[OpKind, ...] = ("gemm", "gemm_silu", "grouped_gemm")
+"""Kinds that multiply rows by weights."""
 Reach = Literal["range", "prefix"]
 
 
@@ -82,6 +83,8 @@ class Op:
     row_elements: int = 0
     """Activation elements read and written per row."""
     weight_elements: int = 0
+    routed_share: float = 1.0
+    """Part of the weights that one row meets: experts per token of all experts (grouped GEMM)."""
     kv_elements_per_key: int = 0
     """K and V elements that one row reads per key attended (attention)."""
     flops_per_key: int = 0
@@ -107,9 +110,10 @@ class Op:
         return 0.0
 
     def flops(self, mix: RowMix) -> float:
-        """Floating-point operations: 2 per weight and row, 4 x heads x head_dim per key."""
+        """Floating-point operations: 2 per weight a row meets, 4 x heads x head_dim per key."""
         rows = self.rows(mix)
-        gemm = 2.0 * self.weight_elements * rows if self.kind in GEMM_KINDS else 0.0
+        weights = self.weight_elements * self.routed_share if self.kind in GEMM_KINDS else 0.0
+        gemm = 2.0 * weights * rows
         reduction = self.link_elements_per_row * rows / 2  # one add for each element received
         return gemm + self.flops_per_key * rows * self.context(mix) + reduction
 

@@ -2,6 +2,7 @@
 
 Keys by kind: gemm `n{N}_k{K}`; gemm_silu the same, N counting both halves; attention and rotary
 `q{heads}_kv{heads}_d{head dim}`; all-reduce `d{hidden}_r{ranks}`; norm and embedding `d{hidden}`;
+grouped_gemm `e{experts}_t{experts per token}_n{N}_k{K}`, its rows' `tokens` counted before routing;
 SiLU (rows of old profiles) `f{ffn}`; sampling `v{vocabulary}`.
 """
 
@@ -14,6 +15,7 @@ RESOURCE_OF_KIND: dict[OpKind, Resource] = {
     "norm": "memory",
     "gemm": "compute",
     "gemm_silu": "compute",
+    "grouped_gemm": "compute",
     "rope_append": "memory",
     "decode_attention": "memory",
     "prefill_attention": "compute",
@@ -35,12 +37,17 @@ def op_of_shape(kind: OpKind, shape: str, dtype_bytes: int) -> Op:
     """The op that a profile row with this kind and shape is about."""
     numbers = shape_numbers(shape)
     row_elements, weight_elements, kv_elements, flops_per_key, link_elements = 0, 0, 0, 0, 0.0
+    routed_share = 1.0
     if kind == "gemm":
         n, k = numbers
         row_elements, weight_elements = n + k, n * k
     elif kind == "gemm_silu":
         n, k = numbers
         row_elements, weight_elements = n // 2 + k, n * k
+    elif kind == "grouped_gemm":
+        experts, per_token, n, k = numbers
+        row_elements, weight_elements = per_token * (n + k), experts * n * k
+        routed_share = per_token / experts
     elif kind in ("decode_attention", "prefill_attention", "rope_append"):
         qo, kv, head_dim = numbers
         row_elements = 2 * (qo + 2 * kv) * head_dim
@@ -59,6 +66,7 @@ def op_of_shape(kind: OpKind, shape: str, dtype_bytes: int) -> Op:
         shape=shape,
         row_elements=row_elements,
         weight_elements=weight_elements,
+        routed_share=routed_share,
         kv_elements_per_key=kv_elements,
         flops_per_key=flops_per_key,
         link_elements_per_row=link_elements,

@@ -101,6 +101,20 @@ LEAVES_SUM = ("copy_engine",)
 """All-reduce variants (CUDA) after which `Received` holds the peers' rows: their reader sums."""
 
 
+class GroupedGemm(Protocol):
+    """out_TN[t] = weight_ENK[e] @ x_TK[t], rows sorted by expert: those of e end at offsets_E[e].
+
+    T counts routed rows. offsets_E is int32 on the device, rises from 0 or more to T, and may change
+    between replays of a CUDA graph: no variant of the GPU reads it on the host.
+    """
+
+    def __call__(
+        self, x_TK: Tensor, weight_ENK: Tensor, offsets_E: Tensor, out_TN: Tensor, num_sms: int
+    ) -> None:
+        """Launch on the current stream."""
+        ...
+
+
 class Norm(Protocol):
     """residual_TD += delta_TD (when given); out_TD = RMSNorm(residual_TD) * weight_D.
 

@@ -1,0 +1,39 @@
+"""Operands that the profiler gives to kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from nanoflow_tune.profiler.cases import CaseFactory
+from nanoflow_tune.profiler.profile import Point
+from nanoflow_tune.runtime.kernels import grouped_gemm, registry
+
+
+def test_a_grouped_gemm_point_routes_every_token_to_that_many_experts(monkeypatch):
+    seen = []
+    recorder = registry.Variant(
+        kind="grouped_gemm",
+        name="torch",
+        device_type="cpu",
+        kernel=lambda *operands: seen.append(operands),
+    )
+    monkeypatch.setitem(registry._VARIANTS, ("grouped_gemm", "torch", "cpu"), recorder)
+    point = Point(
+        kind="grouped_gemm",
+        variant="torch",
+        shape="e8_t2_n32_k16",
+        tokens=100,
+        kv_len=0,
+        num_sms=1,
+    )
+    for call in CaseFactory(torch.float32, torch.device("cpu"), 1e6).calls(point):
+        call()
+    x, weight, offsets, out, num_sms = seen[0]
+    assert (tuple(x.shape), tuple(weight.shape)) == ((200, 16), (8, 32, 16))
+    assert (tuple(out.shape), num_sms) == ((200, 32), 1)
+    counts = offsets.diff(prepend=torch.zeros(1))
+    assert int(offsets[-1]) == 200
+    # A token goes to an expert once at most.
+    assert bool((counts >= 0).all() and (counts <= 100).all())
+    grouped_gemm.grouped_gemm(x, weight, offsets, out, num_sms)
+    assert bool(out.isfinite().all())
