@@ -104,8 +104,8 @@ LEAVES_SUM = ("copy_engine",)
 class GroupedGemm(Protocol):
     """out_TN[t] = weight_ENK[e] @ x_TK[t], rows sorted by expert: those of e end at offsets_E[e].
 
-    T counts routed rows. offsets_E is int32 on the device, rises from 0 or more to T, and may change
-    between replays of a CUDA graph: no variant of the GPU reads it on the host.
+    T counts routed rows. offsets_E is int32 on the device and rises from 0 or more to T. It may
+    change between replays of a CUDA graph: no variant of the GPU reads it on the host.
     """
 
     def __call__(
