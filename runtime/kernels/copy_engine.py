@@ -111,8 +111,6 @@ class Inbox:
 
     def _meet(self, phase: Literal[0, 1], first_row: int) -> None:
         """Signal every peer, wait for all of them, put their signals back."""
-        from cuda.bindings import driver
-
         key = (phase, first_row)
         if key not in self._meetings:
             self._meetings[key] = self._meeting(phase, first_row)
@@ -120,10 +118,7 @@ class Inbox:
         if self._signals == "copy":
             for peer in self._peers:
                 _copy(self._word(phase, first_row, peer, self.rank), self._one.data_ptr(), 4)
-        stream = torch.cuda.current_stream().cuda_stream
-        (error,) = driver.cuStreamBatchMemOp(stream, len(operations), operations, 0)
-        if int(error) != 0:
-            raise KernelError(f"signals of a copy-engine exchange failed: {error}")
+        _enqueue(operations)
 
     def _word(self, phase: int, first_row: int, rank: int, sender: int) -> int:
         """Address of the signal that `sender` raises at `rank`."""
@@ -200,6 +195,16 @@ def _write(address: int, value: int) -> Any:  # noqa: ANN401 - driver structure
     operation.writeValue.value = value
     operation.writeValue.flags = 0  # the default: behind a fence
     return operation
+
+
+def _enqueue(operations: list[Any]) -> None:
+    """Memory operations on the current stream, in their order."""
+    from cuda.bindings import driver
+
+    stream = torch.cuda.current_stream().cuda_stream
+    (error,) = driver.cuStreamBatchMemOp(stream, len(operations), operations, 0)
+    if int(error) != 0:
+        raise KernelError(f"signals of a copy-engine exchange failed: {error}")
 
 
 def _copy(target: int, source: int, num_bytes: int) -> None:

@@ -85,3 +85,21 @@ def test_rope_append_rotates_and_writes_the_slots(heads):
         assert torch.equal(pages[1][page, :, offset].flatten(), v)
     written = sum(int((~p.isnan()).sum()) for p in pages)
     assert written == 2 * 3 * heads.kv_size
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_norm_sums_what_was_received_in_rank_order(rank):
+    from nanoflow_tune.runtime.kernels import torch_ops
+    from nanoflow_tune.runtime.kernels.registry import Received
+    from nanoflow_tune.runtime.kernels.triton_rows import add_rms_norm
+
+    parts, residual, weight = randn(3, 7, 96, seed=4), randn(5, 96, seed=5), randn(96, seed=6)
+    delta = parts[rank, 1:6].clone()
+    parts[rank] = float("nan")
+    received = Received(parts[:, 1:6], rank)
+    expected, expected_out = residual.clone(), torch.empty_like(residual)
+    torch_ops.norm(expected, delta, weight, expected_out, 1e-5, 132, received)
+    out = torch.empty_like(residual)
+    add_rms_norm(residual, delta, weight, out, 1e-5, 132, received)
+    assert torch.equal(residual, expected)
+    assert relative_error(out, expected_out) < tolerance()

@@ -1,0 +1,80 @@
+"""All-reduce variants on two GPUs: against float64, odd sizes, CUDA graphs, beside GEMMs, in plans.
+
+python -m pytest tests/gpu/test_collectives.py -q
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+sys.path.insert(0, str(Path(__file__).parent))  # spawned ranks import the same module
+
+NCCL = ("nccl", "nccl_8")
+SYMMETRIC = tuple(f"symm_{name}_{n}" for name in ("one_shot", "two_shot") for n in (8, 16, 32))
+COPIES = ("copy_engine", "copy_engine_add", "copy_engine+copies")
+VARIANTS = (*NCCL, *SYMMETRIC, *COPIES)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    from nanoflow_tune.runtime.launch import RankGroup
+
+    with RankGroup(2, device="cuda", timeout_s=120.0) as group:
+        yield group
+
+
+@pytest.fixture(scope="module")
+def on_rank():
+    import collective_ranks
+
+    return collective_ranks
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sums_of_odd_sizes_in_a_row_are_right_and_equal_on_all_ranks(ranks, on_rank, variant):
+    first, second = ranks.call(on_rank.odd_sizes_in_a_row, variant)
+    assert first == second
+
+
+@pytest.mark.parametrize("variant", ["symm_one_shot_16", "symm_two_shot_16", "copy_engine_add"])
+def test_buffers_grow_with_the_rows(ranks, on_rank, variant):
+    ranks.call(on_rank.large_rows, variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_graph_replays_on_input_that_changes(ranks, on_rank, variant):
+    ranks.call(on_rank.graph_replays, variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_all_reduce_runs_beside_gemms(ranks, on_rank, variant):
+    ranks.call(on_rank.beside_a_gemm, variant)
+
+
+@pytest.mark.parametrize(
+    ("variant", "share"),
+    [
+        ("nccl_8", 16),
+        ("symm_one_shot_8", 16),
+        ("symm_two_shot_16", 16),
+        ("copy_engine_add", 16),
+        ("copy_engine", 16),
+        ("copy_engine", 0),
+    ],
+)
+def test_a_plan_equals_the_sequential_run_and_writes_its_rows_only(ranks, on_rank, variant, share):
+    ranks.call(on_rank.verify_plan_with, variant, share)
+
+
+def test_a_norm_over_summed_and_unsummed_rows_is_refused(ranks, on_rank):
+    with pytest.raises(ValueError, match="attn_all_reduce there must use"):
+        ranks.call(on_rank.norm_over_mixed_variants)
