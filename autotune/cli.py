@@ -13,7 +13,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
-from contextlib import closing
 from typing import Any
 
 from .cli_parser import build_parser
@@ -71,26 +70,9 @@ def _tune_options(options: argparse.Namespace) -> Any:  # noqa: ANN401
 
 
 def _profile(options: argparse.Namespace) -> int:
-    from .job import profile_path, resolve
+    from .profile_command import profile
 
-    job = resolve(_tune_options(options), _say)
-    if job.stage is None:
-        raise ValueError(
-            f"profiling needs {job.num_gpus} x {job.hardware.device_name} in this machine, but "
-            "they were not found; run it there, or tune from the shipped profile with "
-            "--profile shipped"
-        )
-    path = profile_path(job, options.output_dir) if options.output_dir else profile_path(job)
-    with closing(job.stage):
-        profile = job.stage.profile(path, take_shipped=False)
-    values = {
-        "profile": str(path),
-        "hardware": profile.hardware,
-        "model": job.model.name,
-        "rows": len(profile.usable_rows),
-        "failed": len(profile.rows) - len(profile.usable_rows),
-        "pairs": len(profile.pairs),
-    }
+    values = profile(options, " ".join(["nanoflow-tune", *sys.argv[1:]]), _say)
     print(json.dumps(values, separators=(",", ":")))
     return DONE
 

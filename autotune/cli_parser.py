@@ -6,6 +6,8 @@ import argparse
 from importlib.metadata import version
 from pathlib import Path
 
+from ..profiler.profile import ALL_PARTS
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The main job's flags, and the verbs."""
@@ -27,9 +29,11 @@ def build_parser() -> argparse.ArgumentParser:
     search = verbs.add_parser("search", help="the main job without verification and figures")
     _add_job_flags(search)
     profile = verbs.add_parser(
-        "profile", help="measure the kernels of a model on this machine's GPU"
+        "profile",
+        help="measure the kernels of models on this machine's GPU, or check a profile against it",
     )
-    _add_job_flags(profile)
+    _add_job_flags(profile, is_model_required=False)
+    _add_profile_flags(profile)
     verify = verbs.add_parser("verify", help="run a plan against the unsplit run and compare")
     verify.add_argument("plan", type=Path, metavar="PLAN.yaml")
     verify.add_argument("--model", help="the model's spec, where its name alone is not known")
@@ -68,6 +72,65 @@ def _add_job_flags(parser: argparse.ArgumentParser, *, is_model_required: bool =
     add("--effort", choices=("quick", "full"), default="quick", help="(%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
     _add_output_flags(parser)
+
+
+def _add_profile_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--models",
+        type=_names,
+        metavar="NAME[@TP[+TP...]],...",
+        help="several models in one run, one file for each model and degree",
+    )
+    add(
+        "--tp",
+        type=_degrees,
+        default=(),
+        metavar="TP,...",
+        help="degrees of models without their own: shards need one GPU, collectives --num-gpus",
+    )
+    add("--minutes", type=_minutes, default=10.0, help="time of the whole run (%(default)g)")
+    add(
+        "--parts",
+        type=_parts,
+        default=ALL_PARTS,
+        metavar=",".join(ALL_PARTS),
+        help="what to measure (default: all)",
+    )
+    add(
+        "--calibrate",
+        action="store_true",
+        help="measure some rows of --profile again and say whether it fits this card",
+    )
+    add(
+        "--errors",
+        action="store_true",
+        help="write into the README beside --profile how far co-runs are predicted off; no GPU",
+    )
+    add("--commit", default="", help="of the source, for new files (default: git's)")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
+
+
+def _degrees(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(","))
+
+
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be more than 0, but got {text}")
+    return value
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    parts = _names(text)
+    unknown = [part for part in parts if part not in ALL_PARTS]
+    if unknown or not parts:
+        raise argparse.ArgumentTypeError(f"must be some of {','.join(ALL_PARTS)}, but got {text!r}")
+    return parts
 
 
 def _add_output_flags(parser: argparse.ArgumentParser) -> None:

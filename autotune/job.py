@@ -25,6 +25,7 @@ from .gpu_stage import Devices, GpuStage, find_devices, find_stage, why_not
 
 Effort = Literal["quick", "full"]
 DEFAULT_GPU = "h200"
+PROFILE_FOLDER = Path("nanoflow-out/profiles")
 
 
 class ProfileMissingError(ValueError):
@@ -85,7 +86,7 @@ def resolve(options: TuneOptions, say: Callable[[str], None]) -> Job:
     """
     devices = find_devices()
     model = load_model(options.model)
-    hardware = load_hardware(options.gpu or _hardware_of(devices))
+    hardware = load_hardware(options.gpu or hardware_of(devices))
     workload, space = load_workload(options.workload), load_space(options.effort)
     num_gpus = options.num_gpus or num_gpus_default(model, hardware)
     batch = dense_batch(model, hardware, workload, space, num_gpus)
@@ -107,7 +108,7 @@ def resolve(options: TuneOptions, say: Callable[[str], None]) -> Job:
     )
 
 
-def _hardware_of(devices: Devices) -> str:
+def hardware_of(devices: Devices) -> str:
     """The spec of the GPU in this machine, the default one where none is known."""
     for name in known("hardware"):
         if devices.name and load_hardware(name).device_name == devices.name:
@@ -184,9 +185,14 @@ def _dated(profile: Profile) -> str:
     return f" ({', '.join(facts)})" if facts else ""
 
 
-def profile_path(job: Job, folder: Path = Path("nanoflow-out/profiles")) -> Path:
+def profile_path(job: Job) -> Path:
     """Where rows measured for a job are kept, beyond the job's own folder."""
-    return folder / job.hardware.name / f"{job.model.name}-tp{job.num_gpus}.csv"
+    return profile_file(PROFILE_FOLDER, job.hardware.name, job.model.name, job.num_gpus)
+
+
+def profile_file(folder: Path, hardware: str, model: str, tp_degree: int) -> Path:
+    """Name of the profile file of a model's shard."""
+    return folder / hardware / f"{model}-tp{tp_degree}.csv"
 
 
 def input_hashes(job: Job, profile: Profile | None) -> dict[str, str]:

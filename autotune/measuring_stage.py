@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..profiler import rank_jobs
 from ..profiler.profile import Profile
-from ..profiler.rank_jobs import IterationCase, ProfileJob
+from ..profiler.rank_jobs import IterationCase, ProfileJob, ProfileRun
 from ..profiler.store import load_profile, shipped_files
 from ..runtime.launch import RankGroup
 from ..runtime.plan import Plan, Schedule, Timing
@@ -20,6 +20,8 @@ from ..runtime.verify import verify_plan
 from ..search_spaces.schema import ModelSpec
 
 RANK_TIMEOUT_S = 3600.0
+PROFILE_MINUTES = 5.0
+"""Time to profile a model that is tuned on a GPU whose profile does not hold it."""
 
 
 class MeasuringStage:
@@ -75,12 +77,15 @@ class MeasuringStage:
             commit=self._commit,
             command=self._command,
         )
-        left = self._running().call(rank_jobs.plan_profile, job)[0]
-        if left.solo or left.pairs:
-            self._say(left.summary)
-            self._running().call(rank_jobs.run_profile, job, left)
+        order = ProfileRun(jobs=(job,), minutes=PROFILE_MINUTES)
+        missing = self._running().call(rank_jobs.num_missing, order)[0]
+        if missing:
+            self._say(
+                f"{missing} coarse points to measure, then what is left of {order.minutes:g} min"
+            )
+            self._running().call(rank_jobs.run_profile, order)
         else:
-            self._say("every point was measured before on this kind of GPU: nothing to do")
+            self._say("every curve was measured before on this kind of GPU: nothing to do")
         return load_profile([*shipped, *([path] if path.exists() else [])])
 
     def measure(

@@ -1,173 +1,177 @@
-"""Which points a profile run measures, and how long that takes. No torch.
+"""What a profile run may measure: kernel families and the lattice of their points. No torch.
 
-Solo points: every op of the graph, every variant, rows and SM shares (a share and its complement).
-Pair points: the co-runs that overlapped pipelines are made of.
+A family is one op shape (and KV length) with all its variants. Rows run along multiples of 128,
+shares along what one split of the SMs can give: multiples of the granularity, their complements,
+and all SMs. `refinement.py` decides which points of the lattice are measured, and in which order.
 """
 
 from __future__ import annotations
 
-import random
-from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from ..runtime.op_graph import GEMM_KINDS, Op, OpGraph
+from ..runtime.op_graph import GEMM_KINDS, Op, OpGraph, OpKind
+from ..runtime.op_shapes import RESOURCE_OF_KIND
+from ..runtime.partition_layout import SmSplit
 from .profile import Point
 
-TOKENS = (256, 512, 1024, 1536, 2048)
-DECODE_TOKENS = (128, *TOKENS)
-KV_LENS = (512, 1024, 2048)
-SHARES = (16, 32, 48, 64, 68, 84, 100, 116)
+Variants = Mapping[str, tuple[str, ...]]
+"""Kernel variants by op kind."""
+
+TOKENS = (2048, 512, 1024, 256, 1536, 768, 128)
+"""Rows of every kernel, the most telling first; refinement goes between them."""
+DECODE_TOKENS = (512, 2048, 128, 1024)
+ROW_TOKENS = (2048, 256, 1024)
+"""Norms, rotary and the epilogue: time is all but linear in rows."""
+TOKEN_STEP = 128
+KV_LENS = (1024, 512, 2048)
+"""Time per key is interpolated over log(keys)."""
+COMPUTE_PARTS, MEMORY_PARTS = (0.76, 0.48), (0.36, 0.12)
+"""Coarse shares, as parts of all SMs: 100 and 64, 48 and 16 of 132."""
+COMPUTE_EDGE, MEMORY_EDGE = 0.12, 0.06
+"""Smallest shares, measured of variants that are worth it."""
 NETWORK_SHARES = (8, 16, 32)
-SECONDS_PER_POINT = 0.085
-SECONDS_PER_JOULE_POINT = 0.65
-SECONDS_PER_PAIR = 2.0
-JOULE_SHARE = 0.1
+COLLECTIVE_TOKENS = (128, 256, 512, 1024, 2048)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Grid:
-    """Points of one model on one rank, in the (random) order they are measured."""
+class Family:
+    """One op shape at one KV length, all variants."""
 
-    solo: tuple[Point, ...]
-    joule_points: frozenset[Point]
-    """Those whose energy is measured, about a tenth."""
-    pairs: tuple[tuple[Point, Point], ...]
+    kind: str
+    shape: str
+    kv_len: int
+    variants: tuple[str, ...]
+    tokens: tuple[int, ...]
+    """Coarse numbers of rows, the most telling first."""
+    shares: tuple[int, ...]
+    """Coarse shares, all SMs first."""
+    edge: int
+    """Smallest share; 0 where only the whole GPU counts."""
+    lattice: tuple[int, ...]
+    """All legal shares between the edge and all SMs, in order."""
+    weight: float
+    """How much a relative error of this family matters, 0 to 1."""
 
-    @property
-    def minutes(self) -> float:
-        """Predicted minutes on a GPU."""
-        solo = len(self.solo) * SECONDS_PER_POINT + len(self.joule_points) * SECONDS_PER_JOULE_POINT
-        return (solo + len(self.pairs) * SECONDS_PER_PAIR) / 60
-
-    @property
-    def summary(self) -> str:
-        """What will be measured, by kind, and how long that takes."""
-        counts = Counter(point.kind for point in self.solo)
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
-        return (
-            f"{len(self.solo)} points ({kinds}), {len(self.joule_points)} with joules, "
-            f"{len(self.pairs)} pairs: about {self.minutes:.1f} minutes"
+    def point(self, variant: str, tokens: int, num_sms: int) -> Point:
+        """A point of the family."""
+        return Point(
+            kind=self.kind,
+            shape=self.shape,
+            variant=variant,
+            tokens=tokens,
+            kv_len=self.kv_len,
+            num_sms=num_sms,
         )
 
-    def without(self, solo: Container[Point], pairs: Container[tuple[Point, Point]]) -> Grid:
-        """What is left when some points are measured already."""
-        left = tuple(point for point in self.solo if point not in solo)
-        return Grid(
-            solo=left,
-            joule_points=self.joule_points.intersection(left),
-            pairs=tuple(pair for pair in self.pairs if pair not in pairs),
-        )
+    @property
+    def num_sms(self) -> int:
+        """All SMs of the GPU."""
+        return self.shares[0]
 
 
-def _points(
-    op: Op,
-    variants: Iterable[str],
-    shares: Iterable[int],
-    tokens: Iterable[int] = TOKENS,
-    kv_lens: Iterable[int] = (0,),
-) -> list[Point]:
-    """Every combination for one op, shares fastest."""
-    return [
-        Point(
+def legal_shares(num_sms: int, granularity: int) -> tuple[int, ...]:
+    """Shares that a front or back partition of one split can have, and all SMs; in order."""
+    split = SmSplit.expected(num_sms, granularity)
+    sizes = [size * granularity for size in range(1, split.num_groups + 1)]
+    return tuple(sorted({*sizes, *(num_sms - size for size in sizes if size < num_sms), num_sms}))
+
+
+def is_collective(kind: str) -> bool:
+    """Whether all ranks take part in an op of this kind."""
+    return RESOURCE_OF_KIND[_kind(kind)] == "network"
+
+
+def _kind(kind: str) -> OpKind:
+    assert kind in RESOURCE_OF_KIND, kind
+    return kind  # type: ignore[return-value]
+
+
+def _nearest(lattice: Sequence[int], share: float) -> int:
+    return min(lattice, key=lambda legal: (abs(legal - share), -legal))
+
+
+def families(
+    graph: OpGraph, num_sms: int, granularity: int, variants: Variants
+) -> tuple[Family, ...]:
+    """The families of a layer at every share, and of the rest of an iteration on all SMs."""
+    found: dict[tuple[str, str, int], Family] = {}
+    lattice = legal_shares(num_sms, granularity)
+    for op in graph.layer:
+        if is_collective(op.kind):
+            continue
+        for kv_len in KV_LENS if op.kv_elements_per_key else (0,):
+            found.setdefault(
+                (op.kind, op.shape, kv_len), _layer_family(op, kv_len, lattice, variants)
+            )
+    for op in (*graph.prologue, *graph.epilogue):
+        family = Family(
             kind=op.kind,
             shape=op.shape,
-            variant=variant,
-            tokens=rows,
-            kv_len=kv_len,
-            num_sms=share,
+            kv_len=0,
+            variants=variants[op.kind],
+            tokens=ROW_TOKENS,
+            shares=(num_sms,),
+            edge=0,
+            lattice=(num_sms,),
+            weight=0.2,
         )
-        for variant, rows, kv_len, share in product(variants, tokens, kv_lens, shares)
-    ]
+        found.setdefault((op.kind, op.shape, 0), family)
+    return tuple(found.values())
 
 
-def solo_points(
-    graph: OpGraph, num_sms: int, variants: Mapping[str, tuple[str, ...]]
-) -> list[Point]:
-    """Every kernel of the layer at every share, and the epilogue on the whole GPU."""
-    points: list[Point] = []
-    shares = (*SHARES, num_sms)
-    seen: set[tuple[str, str]] = set()
-    for op in graph.layer:
-        if (op.kind, op.shape) in seen or op.kind == "all_reduce":
-            continue
-        seen.add((op.kind, op.shape))
-        tokens = DECODE_TOKENS if op.kind == "decode_attention" else TOKENS
-        kv_lens = KV_LENS if op.kind in ("decode_attention", "prefill_attention") else (0,)
-        points += _points(op, variants[op.kind], shares, tokens, kv_lens)
-    for op in (*graph.prologue, *graph.epilogue):
-        if (op.kind, op.shape) in seen:
-            continue
-        seen.add((op.kind, op.shape))
-        points += _points(op, variants[op.kind], (num_sms,))
-    return points
+def _layer_family(op: Op, kv_len: int, lattice: tuple[int, ...], variants: Variants) -> Family:
+    num_sms = lattice[-1]
+    is_compute = op.resource == "compute"
+    parts = COMPUTE_PARTS if is_compute else MEMORY_PARTS
+    edge = _nearest(lattice, num_sms * (COMPUTE_EDGE if is_compute else MEMORY_EDGE))
+    tokens = TOKENS if op.kind != "prefill_attention" else TOKENS[:5]
+    if not is_compute:
+        tokens = DECODE_TOKENS if op.kv_elements_per_key else ROW_TOKENS
+    return Family(
+        kind=op.kind,
+        shape=op.shape,
+        kv_len=kv_len,
+        variants=variants[op.kind],
+        tokens=tokens,
+        shares=(num_sms, *(_nearest(lattice, num_sms * part) for part in parts)),
+        edge=edge,
+        lattice=tuple(share for share in lattice if share >= edge),
+        weight=1.0 if is_compute or op.kv_elements_per_key else 0.3,
+    )
 
 
-def collective_points(
-    graph: OpGraph, num_sms: int, variants: Mapping[str, tuple[str, ...]]
-) -> list[Point]:
-    """All-reduces of the layer at every size and network share; needs all ranks."""
-    by_shape = {op.shape: op for op in graph.layer if op.kind == "all_reduce"}
+def collective_points(graph: OpGraph, num_sms: int, variants: Variants) -> list[Point]:
+    """Collectives of the layer at every size and network share; needs all ranks."""
+    by_shape = {(op.kind, op.shape): op for op in graph.layer if is_collective(op.kind)}
     shares = (*NETWORK_SHARES, num_sms)
     return [
-        point
-        for _, op in sorted(by_shape.items())
-        for point in _points(op, variants["all_reduce"], shares)
+        Point(
+            kind=kind,
+            shape=shape,
+            variant=variant,
+            tokens=tokens,
+            kv_len=0,
+            num_sms=share,
+        )
+        for kind, shape in sorted(by_shape)
+        for tokens, variant, share in product(COLLECTIVE_TOKENS, variants[kind], shares)
     ]
 
 
-def pair_points(
-    graph: OpGraph, num_sms: int, variants: Mapping[str, tuple[str, ...]]
-) -> list[tuple[Point, Point]]:
-    """Co-runs of the ping-pong pipeline: each GEMM and prefill beside decode attention."""
-    decode = graph.op("decode_attention")
-    pairs: list[tuple[Point, Point]] = []
-
-    def point(op_name: str, variant: str, tokens: int, kv_len: int, share: int) -> Point:
-        return _points(graph.op(op_name), (variant,), (share,), (tokens,), (kv_len,))[0]
-
-    def beside_decode(op_name: str, variant: str, kv_len: int, share: int) -> None:
-        attention = point(decode.name, variants["decode_attention"][0], 512, 1024, num_sms - share)
-        pairs.append((point(op_name, variant, 1024, kv_len, share), attention))
-
-    persistent = [v for v in variants["gemm"] if v != "cublas"] or list(variants["gemm"])
-    for share in (116, 100, 84, 68):
-        beside_decode("up_gate", persistent[0], 0, share)
-    beside_decode("up_gate", variants["gemm"][0], 0, 100)
-    beside_decode("down", persistent[0], 0, 100)
-    beside_decode("o_proj", persistent[0], 0, 100)
-    beside_decode("kqv", persistent[0], 0, 100)
-    beside_decode("prefill_attention", variants["prefill_attention"][0], 512, 100)
-    return pairs
-
-
-def sustained_points(
-    graph: OpGraph, num_sms: int, variants: Mapping[str, tuple[str, ...]]
-) -> list[Point]:
-    """The largest GEMM of the layer, epilogue left out, on all SMs by the first two variants."""
-    gemms = [op for op in graph.layer if op.kind in GEMM_KINDS]
-    largest = max(gemms, key=lambda op: op.weight_elements)
-    return _points(replace(largest, kind="gemm"), variants["gemm"][:2], (num_sms,), (max(TOKENS),))
-
-
-def make_grid(
-    graph: OpGraph,
-    num_sms: int,
-    variants: Mapping[str, tuple[str, ...]],
-    *,
-    with_collectives: bool,
-    seed: int = 0,
-) -> Grid:
-    """The grid in a random order that depends on the seed alone."""
-    rng = random.Random(seed)
-    solo = solo_points(graph, num_sms, variants)
-    rng.shuffle(solo)
-    joule_points = frozenset(rng.sample(solo, round(JOULE_SHARE * len(solo))))
-    if with_collectives:
-        solo += collective_points(graph, num_sms, variants)
-    return Grid(
-        solo=tuple(solo),
-        joule_points=joule_points,
-        pairs=tuple(pair_points(graph, num_sms, variants)),
-    )
+def sustained_points(graphs: Iterable[OpGraph], num_sms: int, variants: Variants) -> list[Point]:
+    """The largest GEMM of the layers, epilogue left out, on all SMs by every variant."""
+    gemms = [op for graph in graphs for op in graph.layer if op.kind in GEMM_KINDS]
+    largest = replace(max(gemms, key=lambda op: op.weight_elements), kind="gemm")
+    return [
+        Point(
+            kind="gemm",
+            shape=largest.shape,
+            variant=variant,
+            tokens=max(TOKENS),
+            kv_len=0,
+            num_sms=num_sms,
+        )
+        for variant in variants["gemm"]
+    ]

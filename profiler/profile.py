@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Source = Literal["measured", "interpolated", "roofline"]
+ProfilePart = Literal["compute", "joules", "pairs", "collectives"]
+"""What a profile run measures: kernels alone, their joules, co-runs, and collectives (which need
+all ranks)."""
+ALL_PARTS: tuple[ProfilePart, ...] = ("compute", "joules", "pairs", "collectives")
 JoulesSource = Literal["measured", "fitted", "missing"]
 
 

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..runtime.op_graph import OpGraph, RowMix
+from ..runtime.op_shapes import RESOURCE_OF_KIND
 from ..search_spaces.schema import HardwareSpec, ModelSpec
-from .grid import Grid, make_grid, sustained_points
-from .store import read_pairs, read_rows
+from .grid import collective_points, families
+from .profile import ALL_PARTS, Point, ProfilePart, Row
+from .refinement import coarse_points
+from .store import read_rows
 
 if TYPE_CHECKING:
     from ..runtime.executor import Resources
@@ -39,7 +42,7 @@ class IterationCase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileJob:
-    """A profile run: which graph, into which file, and what need not be measured again."""
+    """One file of a profile run: which graph, and what need not be measured again."""
 
     model: ModelSpec
     hardware: HardwareSpec
@@ -52,37 +55,34 @@ class ProfileJob:
     command: str
 
 
-def left_to_measure(job: ProfileJob, variants: dict[str, tuple[str, ...]]) -> Grid:
-    """The job's grid without what its file and the known files hold."""
-    graph = OpGraph.build(job.model, job.tp_degree)
-    grid = make_grid(graph, job.hardware.num_sms, variants, with_collectives=job.tp_degree > 1)
-    files = [path for path in (job.path, *job.known) if path.exists()]
-    solo = {row.point for path in files for row in read_rows(path)[1]}
-    pair_files = [p for p in (path.with_suffix(".pairs.csv") for path in files) if p.exists()]
-    pairs = {(pair.a, pair.b) for path in pair_files for pair in read_pairs(path)[1]}
-    return grid.without(solo, pairs)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileRun:
+    """Jobs of one run on one kind of GPU, and the time they have."""
+
+    jobs: tuple[ProfileJob, ...]
+    minutes: float
+    parts: tuple[ProfilePart, ...] = ALL_PARTS
+    """Kernels alone, their joules, co-runs, and collectives (which need all ranks)."""
+
+    def __post_init__(self) -> None:
+        if not self.jobs or self.minutes <= 0:
+            raise ValueError(
+                "a profile run needs a job and more than 0 minutes, but got "
+                f"{len(self.jobs)} jobs and minutes={self.minutes}"
+            )
 
 
-def _variants() -> dict[str, tuple[str, ...]]:
-    """GPU variants of each kind; embedding and sampling have torch's own only."""
+def gpu_variants() -> dict[str, tuple[str, ...]]:
+    """GPU variants of each kind; torch's own where there are no others."""
     from ..runtime import kernels
     from ..runtime.kernels import registry
 
     kernels.load("cuda")
-    kinds = (
-        "gemm",
-        "gemm_silu",
-        "norm",
-        "rope_append",
-        "decode_attention",
-        "prefill_attention",
-        "all_reduce",
-    )
-    named: dict[str, tuple[str, ...]] = {
-        kind: tuple(name for name in registry.variants(kind, "cuda") if name != "torch")
-        for kind in kinds
-    }
-    return {**named, "embedding": ("torch",), "sampling": ("torch",)}
+    named: dict[str, tuple[str, ...]] = {}
+    for kind in RESOURCE_OF_KIND:
+        names = tuple(name for name in registry.variants(kind, "cuda") if name != "torch")
+        named[kind] = names or ("torch",)
+    return named
 
 
 def look_around(ctx: RankContext) -> list[str]:
@@ -97,53 +97,44 @@ def look_around(ctx: RankContext) -> list[str]:
     return notes
 
 
-def plan_profile(ctx: RankContext, job: ProfileJob) -> Grid:
-    """What is left of a job, for `run_profile`."""
-    return left_to_measure(job, _variants())
+def num_missing(ctx: RankContext, order: ProfileRun) -> int:
+    """Coarse points and collectives that no file of the run's jobs holds."""
+    variants = gpu_variants()
+    paths = {path for job in order.jobs for path in (job.path, *job.known) if path.exists()}
+    rows = {row.point: row for path in paths for row in read_rows(path)[1]}
+    missing = 0
+    for job in order.jobs:
+        graph, hardware = OpGraph.build(job.model, job.tp_degree), job.hardware
+        kinds = families(graph, hardware.num_sms, hardware.sm_granularity, variants)
+        missing += len(coarse_points(kinds, rows))
+        if ctx.world_size == job.tp_degree > 1:
+            points = collective_points(graph, hardware.num_sms, variants)
+            missing += sum(point not in rows for point in points)
+    return missing
 
 
-def run_profile(ctx: RankContext, job: ProfileJob, left: Grid) -> None:
-    """Measure what is left of a job; rank 0 writes, all ranks take part in collectives.
+def run_profile(ctx: RankContext, order: ProfileRun) -> None:
+    """Measure what the run's jobs lack; see `profile_run.py`."""
+    from . import profile_run
 
-    All ranks are given the same grid: they must run the same collectives.
-    """
-    import gc
-    import sys
+    profile_run.run(ctx, order)
 
+
+def measure_again(ctx: RankContext, hardware: HardwareSpec, points: Sequence[Point]) -> list[Row]:
+    """Rows of some points, measured on this rank's GPU now; see `calibration.py`."""
     import torch
 
     from ..runtime import kernels
-    from ..runtime.device import lane_groups
     from .power import PowerMeter
-    from .sweep import Sweep, run_collectives, run_sweep
+    from .sweep import Sweep
 
     kernels.load("cuda")
-    torch.cuda.set_device(ctx.rank)
-    groups = lane_groups(ctx, ())
-    sweep = Sweep(
-        job.hardware,
-        PowerMeter(ctx.rank),
-        KV_POOL_BYTES,
-        groups["network"] if groups is not None else None,
-    )
-    header = read_rows(job.path)[0] if job.path.exists() else dict[str, str]()
-    if ctx.rank == 0 and not header:
-        graph = OpGraph.build(job.model, job.tp_degree)
-        points = sustained_points(graph, job.hardware.num_sms, _variants())
-        sustained = sweep.sustained_gemm(points)
-        header = sweep.header(job.commit, job.command, sweep.static_watts(), sustained)
-
-    def progress(done: int, total: int) -> None:
-        if done % 100 == 0 or done == total:
-            print(f"profile   {done} of {total} points", file=sys.stderr, flush=True)
-
-    if ctx.rank == 0:
-        run_sweep(sweep, left, job.path, header, progress)
-    if ctx.world_size > 1:
-        run_collectives(sweep, left, job.path, header, rank=ctx.rank)
-    del sweep
-    gc.collect()
+    sweep = Sweep(hardware, PowerMeter(ctx.rank), KV_POOL_BYTES)
+    sweep.compile(points)
+    sweep.timer.heat(1000.0)
+    rows = [sweep.measure(point, with_joules=False) for point in points]
     torch.cuda.empty_cache()
+    return rows
 
 
 def measure_schedules(

@@ -1,18 +1,17 @@
-"""Measures a grid on this GPU: partitions, cases, timer, energy; every row is written at once.
+"""Measures points on this rank's GPU: partitions, cases, timer, energy.
 
-Runs on every tensor-parallel rank. Solo points are measured by rank 0 alone while the others wait;
-collectives by all ranks together. A killed run resumes: points already in the file are skipped. A
-failing point becomes a row with its error.
+Kernels alone, collectives in step with the other ranks, two or three kernels side by side. What is
+measured, and in which order, `profile_run.py` decides. A failing point becomes a row with its
+error.
 """
 
 from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from math import isnan, nan
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from math import isnan
 from typing import Any
 
 import torch
@@ -22,14 +21,17 @@ from ..runtime.sm_partition import SmPartitions
 from ..search_spaces.schema import HardwareSpec
 from .cases import CaseFactory
 from .energy import point_costs
-from .grid import Grid
+from .interference import Together
 from .power import PowerMeter
-from .profile import PairRow, Point, Row
-from .store import ProfileWriter
-from .timing import Batch, Samples, Timer
+from .profile import PairRow, Point, Row, TripleRow
+from .timing import BATCH_MS, Batch, Joules, Samples, Timer
+from .timing import Together as Side
 
 FRONT, BACK = "front", "back"
 SUSTAIN_WARM_S, SUSTAIN_SAMPLE_S = 1.5, 1.5
+SUSTAINED_VARIANTS = 2
+"""Fastest GEMMs of a burst whose sustained rate is measured."""
+JOULE_S, ALONE_S, TOGETHER_S = 0.35, 0.04, 0.4
 
 
 def share_slots(num_sms: int, split: SmSplit) -> dict[Slot, GroupRange]:
@@ -44,6 +46,10 @@ def share_slots(num_sms: int, split: SmSplit) -> dict[Slot, GroupRange]:
             start=size, end=split.num_groups, has_remainder=split.remainder > 0
         )
     return slots
+
+
+def _as_they_are(counts: list[int]) -> list[int]:
+    return counts
 
 
 class Sweep:
@@ -62,9 +68,9 @@ class Sweep:
         self._groups = groups
         device = torch.device("cuda", torch.cuda.current_device())
         self._cases = CaseFactory(torch.bfloat16, device, kv_pool_bytes)
-        partitions = SmPartitions(hardware.num_sms, hardware.sm_granularity)
-        slots = share_slots(hardware.num_sms, partitions.split)
-        self._partitions = partitions.view(slots)
+        self._owner = SmPartitions(hardware.num_sms, hardware.sm_granularity)
+        slots = share_slots(hardware.num_sms, self._owner.split)
+        self._partitions = self._owner.view(slots)
         complements = [
             ((FRONT, share), (BACK, hardware.num_sms - share))
             for lane, share in slots
@@ -83,14 +89,18 @@ class Sweep:
     def sustained_gemm(self, points: Iterable[Point]) -> dict[str, str]:
         """The best rate that the card keeps up for seconds on some GEMMs, as header entries.
 
-        Rows take 30 ms, shorter than the card takes to enforce its power cap; what a server can
+        Rows take 12 ms, shorter than the card takes to enforce its power cap; what a server can
         keep up is this figure.
         """
         best, entries = 0.0, dict[str, str]()
-        for point in points:
+        rows = [
+            row for row in (self.measure(p, with_joules=False) for p in points) if not row.error
+        ]
+        rows.sort(key=lambda row: row.median_us)
+        for row in rows[:SUSTAINED_VARIANTS]:
+            point = row.point
             batch = self.timer.batch(self._cases.calls(point), self.stream(point.num_sms))
-            burst_us = self.timer.sample(batch).median_us
-            samples = self.timer.sustain(batch, burst_us, SUSTAIN_WARM_S, SUSTAIN_SAMPLE_S)
+            samples = self.timer.sustain(batch, row.median_us, SUSTAIN_WARM_S, SUSTAIN_SAMPLE_S)
             flops, _, _ = point_costs(point)
             rate = flops / (samples.median_us * 1e-6)
             if rate > best:
@@ -99,7 +109,7 @@ class Sweep:
                     "sustained_gemm_flops_per_s": f"{rate:.4e}",
                     "sustained_gemm": f"{point.variant}, {point.tokens} x {point.shape}, "
                     f"{self.meter.watts:.0f} W, {samples.sm_clock_mhz:.0f} MHz; burst "
-                    f"{flops / (burst_us * 1e-6):.4e}",
+                    f"{flops / (row.median_us * 1e-6):.4e}",
                 }
         return entries
 
@@ -122,7 +132,8 @@ class Sweep:
             "static_w": f"{static_w:.1f}",
             "power_cap_w": f"{self.meter.power_cap_w:.0f}",
             "audit": self.audit,
-            "regime": "heated between points, random normal data, 30 ms a point",
+            "regime": "heated between points, random normal data, 12 ms a point; joules, their "
+            "watts and clocks over 0.35 s",
             **sustained,
         }
 
@@ -139,13 +150,21 @@ class Sweep:
         return meter.watts
 
     def compile(self, points: Iterable[Point]) -> None:
-        """Call each (kind, shape, variant) once, so that no compiler runs between samples."""
+        """Call each (kind, shape, variant) once, so that no compiler runs between samples.
+
+        Failures come again, as rows, when the points are measured.
+        """
         seen: set[tuple[str, str, str]] = set()
         for point in points:
             key = (point.kind, point.shape, point.variant)
-            if key not in seen and point.kind != "all_reduce":
+            if key not in seen:
                 seen.add(key)
-                self.measure(point, with_joules=False)
+                with (
+                    suppress(RuntimeError, ValueError),
+                    torch.cuda.stream(self.stream(point.num_sms)),
+                ):
+                    self._cases.calls(point, self._groups)[0]()
+        torch.cuda.synchronize()
 
     def measure(self, point: Point, with_joules: bool) -> Row:
         """Time one point alone on its share; errors become a row."""
@@ -153,14 +172,33 @@ class Sweep:
             calls = self._cases.calls(point, self._groups)
             batch = self.timer.batch(calls, self.stream(point.num_sms))
             samples = self.timer.sample(batch)
-            joules = self.timer.joules_per_call(batch, samples.median_us) if with_joules else nan
+            joules = None
+            if with_joules:
+                joules = self.timer.joules_per_call(batch, samples.median_us, JOULE_S)
         except (RuntimeError, ValueError) as err:
-            torch.cuda.synchronize()
-            return _row(point, None, error=str(err).splitlines()[0])
+            return _row(point, None, error=_first_line(err))
         return _row(point, samples, joules)
 
+    def has_lost_context(self) -> bool:
+        """Whether a kernel took the CUDA context with it: then every later call fails."""
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False
+
     def measure_collective(self, point: Point, calls_per_batch: int = 20) -> Row:
-        """Time one all-reduce on all ranks at once; counts are fixed so that ranks agree."""
+        """Time one collective on all ranks at once; counts are fixed so that ranks agree.
+
+        What a variant refuses, it refuses on all ranks: that becomes a row. Other errors end the
+        run, because the ranks may have parted.
+        """
+        try:
+            return self._collective_row(point, calls_per_batch)
+        except ValueError as err:
+            return _row(point, None, error=_first_line(err))
+
+    def _collective_row(self, point: Point, calls_per_batch: int) -> Row:
         calls = self._cases.calls(point, self._groups)
         stream = self.stream(point.num_sms)
         with torch.cuda.stream(stream):
@@ -171,24 +209,56 @@ class Sweep:
         samples = self.timer.sample_fixed(batch, warm=2, count=12)
         return _row(point, samples)
 
-    def measure_pair(self, a: Point, b: Point) -> PairRow:
-        """Run A and B side by side for about 0.6 s, each also alone just before."""
-        streams = self.stream(a.num_sms, BACK), self.stream(b.num_sms, FRONT)
-        batches = [
-            self.timer.batch(self._cases.calls(point, self._groups), stream)
-            for point, stream in zip((a, b), streams, strict=True)
-        ]
-        alone = [self.timer.sample(batch).median_us for batch in batches]
-        together = self.timer.sample_together(batches[0], batches[1], alone, seconds=0.6)
-        return PairRow(
-            a=a,
-            b=b,
-            slowdown_a=together.median_us[0] / alone[0],
-            slowdown_b=together.median_us[1] / alone[1],
-            watts=together.watts,
-            sm_clock_mhz=together.sm_clock_mhz,
-            n=together.n,
+    def measure_together(
+        self, points: Together, agree: Callable[[list[int]], list[int]] = _as_they_are
+    ) -> PairRow | TripleRow:
+        """Run two or three points side by side for about half a second, each alone before.
+
+        Args:
+            points: largest share first; it takes the back of the GPU, the others the front.
+            agree: gives all ranks that share a collective the same counts.
+
+        Raises:
+            RuntimeError: a kernel failed.
+            ValueError: a kernel took so long that none of it ended beside the others.
+        """
+        streams = self._side_by_side([point.num_sms for point in points])
+        batches: list[Batch] = []
+        for point, stream in zip(points, streams, strict=True):
+            calls = self._cases.calls(point, self._groups)
+            stream.wait_stream(torch.cuda.current_stream())
+            repeats = self.timer.calls_per_batch(calls, stream, BATCH_MS)
+            batches.append(Batch(calls, stream, agree([repeats])[0]))
+        once_us = [self.timer.replay_us(batch) for batch in batches]
+        counts = agree([max(3, round(ALONE_S * 1e6 / us)) for us in once_us])
+        alone_us: list[float] = []
+        for batch, count in zip(batches, counts, strict=True):
+            samples = self.timer.sample_fixed(batch, warm=count // 3 + 1, count=count)
+            alone_us.append(samples.median_us)
+        counts = agree(
+            [
+                max(8, round(TOGETHER_S * 1e6 / (us * batch.num_calls)))
+                for us, batch in zip(alone_us, batches, strict=True)
+            ]
         )
+        together = self.timer.sample_together(batches, counts)
+        slowdowns = [
+            beside / alone for beside, alone in zip(together.median_us, alone_us, strict=True)
+        ]
+        return _together_row(points, slowdowns, together)
+
+    def _side_by_side(self, shares: Sequence[int]) -> list[torch.cuda.Stream]:
+        """The first share at the back, the others from the front on; no two meet."""
+        size = self.hardware.sm_granularity
+        if len(shares) == 2:
+            return [self.stream(shares[0], BACK), self.stream(shares[1], FRONT)]
+        start, streams = 0, [self.stream(shares[0], BACK)]
+        for share in shares[1:]:
+            groups = GroupRange(start=start // size, end=(start + share) // size)
+            streams.append(self._owner.stream_of(groups))
+            start += share
+        assert start + shares[0] <= self.hardware.num_sms, shares
+        return streams
 
 
 def _nccl_version() -> str:
@@ -197,64 +267,52 @@ def _nccl_version() -> str:
     return ".".join(map(str, nccl.version()))
 
 
-def _row(point: Point, samples: Samples | None, joules: float = nan, error: str = "") -> Row:
-    """The row of a point; no samples: it failed; joules nan: not measured, or no counter."""
-    has_joules = samples is not None and not isnan(joules)
-    median_us = samples.median_us if samples else 0.0
+def _first_line(err: Exception) -> str:
+    return (str(err).splitlines() or [type(err).__name__])[0]
+
+
+def _row(
+    point: Point, samples: Samples | None, joules: Joules | None = None, error: str = ""
+) -> Row:
+    """The row of a point; no samples: it failed; no joules, or nan: not measured."""
+    has_joules = joules is not None and not isnan(joules.per_call)
+    clock = samples.sm_clock_mhz if samples else 0.0
     return Row(
         point=point,
-        median_us=median_us,
+        median_us=samples.median_us if samples else 0.0,
         p10_us=samples.percentile(0.1) if samples else 0.0,
         p90_us=samples.percentile(0.9) if samples else 0.0,
         n=len(samples.times_us) if samples else 0,
-        joules=joules if has_joules else 0.0,
+        joules=joules.per_call if joules and has_joules else 0.0,
         joules_source="measured" if has_joules else "missing",
-        sm_clock_mhz=samples.sm_clock_mhz if samples else 0.0,
-        watts=joules / (median_us * 1e-6) if has_joules else 0.0,
+        sm_clock_mhz=joules.sm_clock_mhz if joules and has_joules else clock,
+        watts=joules.watts if joules and has_joules else 0.0,
         error=error.replace(",", ";"),
     )
 
 
-def run_sweep(
-    sweep: Sweep,
-    left: Grid,
-    path: Path,
-    header: dict[str, str],
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Measure the solo and pair points that are left, on this rank alone.
-
-    Args:
-        sweep: this rank's profiler.
-        left: points to measure.
-        path: `NAME.csv`; rows are appended.
-        header: of new files.
-        on_progress: called with (points done, points in all).
-    """
-    solo = [point for point in left.solo if point.kind != "all_reduce"]
-    total = len(solo) + len(left.pairs)
-    with ProfileWriter.solo(path, header) as writer:
-        sweep.compile(solo)
-        for done, point in enumerate(solo, start=1):
-            writer.append(sweep.measure(point, point in left.joule_points))
-            on_progress(done, total)
-    with ProfileWriter.pairs(path.with_suffix(".pairs.csv"), header) as pair_writer:
-        for done, (a, b) in enumerate(left.pairs, start=len(solo) + 1):
-            pair_writer.append(sweep.measure_pair(a, b))
-            on_progress(done, total)
-
-
-def run_collectives(
-    sweep: Sweep, left: Grid, path: Path, header: dict[str, str], *, rank: int
-) -> None:
-    """Measure the all-reduces that are left on all ranks in step; rank 0 writes."""
-    import torch.distributed as dist
-
-    with ProfileWriter.solo(path, header) if rank == 0 else nullcontext() as writer:
-        for point in left.solo:
-            if point.kind != "all_reduce":
-                continue
-            dist.barrier()
-            row = sweep.measure_collective(point)
-            if writer is not None:
-                writer.append(row)
+def _together_row(
+    points: Together, slowdowns: Sequence[float], together: Side
+) -> PairRow | TripleRow:
+    watts = together.watts if not isnan(together.watts) else 0.0
+    if len(points) == 2:
+        return PairRow(
+            a=points[0],
+            b=points[1],
+            slowdown_a=slowdowns[0],
+            slowdown_b=slowdowns[1],
+            watts=watts,
+            sm_clock_mhz=together.sm_clock_mhz,
+            n=together.n,
+        )
+    return TripleRow(
+        a=points[0],
+        b=points[1],
+        c=points[2],
+        slowdown_a=slowdowns[0],
+        slowdown_b=slowdowns[1],
+        slowdown_c=slowdowns[2],
+        watts=watts,
+        sm_clock_mhz=together.sm_clock_mhz,
+        n=together.n,
+    )

@@ -3,7 +3,7 @@
 The regime is a server under load: the card sits on its power cap, operands come from HBM. So a
 heater (a large GEMM) runs whenever the host prepares the next case, each case is warmed before it
 is sampled, and a batch rotates over operand sets that together exceed the L2 cache. Launch cost is
-not in the figures: a batch of calls is one graph.
+not in the figures: a batch of calls is one graph. A case takes about 20 ms, 12 of them samples.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from itertools import pairwise
 import torch
 
 from .power import PowerMeter
+
+BATCH_MS, HEAT_MS, WARM_MS, SAMPLE_MS = 1.5, 3.2, 3.0, 12.0
+"""One graph of calls; the heater while the host captures it; replays before and while sampling."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +44,21 @@ class Samples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Together:
-    """Two batches side by side: time of one call of each while both ran."""
+    """Batches side by side: time of one call of each while all of them ran."""
 
-    median_us: tuple[float, float]
+    median_us: tuple[float, ...]
     watts: float
     sm_clock_mhz: float
     n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joules:
+    """Energy of one call in a run of many; nan without a counter, or when it did not advance."""
+
+    per_call: float
+    watts: float
+    sm_clock_mhz: float
 
 
 class Batch:
@@ -109,7 +121,8 @@ class Timer:
         """How many calls take about `batch_ms`, from one timed pass over the operand sets."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         with torch.cuda.stream(stream):
-            calls[0]()  # compiles
+            for call in calls:
+                call()  # compiles; plans on the host, for each operand set
             start.record()
             for call in calls:
                 call()
@@ -119,26 +132,34 @@ class Timer:
         return max(len(calls), min(400, round(batch_ms / max(once_ms, 1e-3))))
 
     def batch(
-        self, calls: Sequence[Callable[[], None]], stream: torch.cuda.Stream, batch_ms: float = 3.0
+        self,
+        calls: Sequence[Callable[[], None]],
+        stream: torch.cuda.Stream,
+        batch_ms: float = BATCH_MS,
     ) -> Batch:
         """Capture a batch of about `batch_ms`, heating the card meanwhile."""
         stream.wait_stream(torch.cuda.current_stream())
         repeats = self.calls_per_batch(calls, stream, batch_ms)
-        self.heat(12.0)
+        self.heat(HEAT_MS)
         return Batch(calls, stream, repeats)
 
-    def sample(self, batch: Batch, warm_ms: float = 8.0, sample_ms: float = 30.0) -> Samples:
-        """Replay for `warm_ms`, then sample batches for at least `sample_ms`."""
+    def replay_us(self, batch: Batch) -> float:
+        """Time of one replay, from a first one."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         batch.replay()
         end.record()
         end.synchronize()
-        batch_ms = max(start.elapsed_time(end), 1e-2)
+        return max(1e3 * start.elapsed_time(end), 10.0)
+
+    def sample(
+        self, batch: Batch, warm_ms: float = WARM_MS, sample_ms: float = SAMPLE_MS
+    ) -> Samples:
+        """Replay for `warm_ms`, then sample batches for at least `sample_ms`, three at least."""
+        batch_ms = self.replay_us(batch) / 1e3
         for _ in range(round(warm_ms / batch_ms)):
             batch.replay()
-        count = max(5, round(sample_ms / batch_ms) + 1)
-        return self._timed(batch, count)
+        return self._timed(batch, max(3, round(sample_ms / batch_ms) + 1))
 
     def sample_fixed(self, batch: Batch, warm: int, count: int) -> Samples:
         """Sample a fixed number of batches: what ranks that must stay in step use."""
@@ -151,46 +172,43 @@ class Timer:
         return Samples(times_us=tuple(us / batch.num_calls for us in times_us), sm_clock_mhz=clock)
 
     def sample_together(
-        self, a: Batch, b: Batch, alone_us: Sequence[float], seconds: float
+        self, batches: Sequence[Batch], counts: Sequence[int], heat_ms: float = 30.0
     ) -> Together:
-        """Replay two batches on their partitions at once and time both while both run."""
-        launchers = torch.cuda.Stream(), torch.cuda.Stream()
+        """Replay batches on their partitions at once and time each while all run.
+
+        Args:
+            batches: on disjoint partitions.
+            counts: replays of each, so that all take about equally long; ranks that share a
+                collective must be given the same.
+            heat_ms: of GEMMs before.
+        """
+        launchers = [torch.cuda.Stream() for _ in batches]
         begin = torch.cuda.Event(enable_timing=True)
-        marks: list[list[torch.cuda.Event]] = [[], []]
-        counts = [
-            max(8, round(seconds * 1e6 / (us * batch.num_calls)))
-            for batch, us in zip((a, b), alone_us, strict=True)
-        ]
-        self.heat(100.0)
+        marks: list[list[torch.cuda.Event]] = [[] for _ in batches]
+        most = max(counts)
+        self.heat(heat_ms)
         torch.cuda.synchronize()
         begin.record()
         for launcher in launchers:
             launcher.wait_event(begin)
         clock = 0.0
         with self.meter as meter:
-            for turn in range(max(counts)):
-                for which, batch in enumerate((a, b)):
-                    if turn * counts[which] // max(counts) >= len(marks[which]):
+            for turn in range(most):
+                for which, batch in enumerate(batches):
+                    if turn * counts[which] // most >= len(marks[which]):
                         with torch.cuda.stream(launchers[which]):
                             batch.replay()
                             mark = torch.cuda.Event(enable_timing=True)
                             mark.record()
                             marks[which].append(mark)
-                if turn == max(counts) // 2:
+                if turn == most // 2:
                     marks[0][len(marks[0]) // 4].synchronize()
                     clock = self.meter.sm_clock_mhz
             torch.cuda.synchronize()
         ends = [[begin.elapsed_time(mark) for mark in column] for column in marks]
-        until = min(column[-1] for column in ends)
-        medians: list[float] = []
-        for batch, column in zip((a, b), ends, strict=True):
-            inside = [time for time in column if time <= until]
-            steps = [
-                1e3 * (later - earlier) / batch.num_calls for earlier, later in pairwise(inside)
-            ]
-            medians.append(statistics.median(steps))
+        calls = [batch.num_calls for batch in batches]
         return Together(
-            median_us=(medians[0], medians[1]),
+            median_us=steps_while_all_ran(ends, calls),
             watts=meter.watts,
             sm_clock_mhz=clock,
             n=min(len(column) for column in ends),
@@ -205,15 +223,47 @@ class Timer:
         with self.meter:
             return self.sample_fixed(batch, warm=0, count=max(3, round(sample_s * per_s)))
 
-    def joules_per_call(self, batch: Batch, median_us: float, seconds: float = 0.5) -> float:
-        """Board joules of one call over at least `seconds` of back-to-back batches."""
+    def joules_per_call(self, batch: Batch, median_us: float, seconds: float) -> Joules:
+        """Board joules of one call over `seconds` of back-to-back batches, a third more to warm."""
         count = max(3, round(seconds * 1e6 / (median_us * batch.num_calls)))
-        torch.cuda.synchronize()
-        for _ in range(max(1, count // 5)):
+        for _ in range(max(1, count // 3)):
             batch.replay()
         torch.cuda.synchronize()
         with self.meter as meter:
-            for _ in range(count):
+            for _ in range(count // 2):
                 batch.replay()
+            half = torch.cuda.Event()
+            half.record()
+            for _ in range(count - count // 2):
+                batch.replay()
+            half.synchronize()
+            clock = meter.sm_clock_mhz
             torch.cuda.synchronize()
-        return meter.joules / (count * batch.num_calls)
+        return Joules(
+            per_call=meter.joules / (count * batch.num_calls), watts=meter.watts, sm_clock_mhz=clock
+        )
+
+
+def steps_while_all_ran(
+    ends_ms: Sequence[Sequence[float]], num_calls: Sequence[int]
+) -> tuple[float, ...]:
+    """Median time of one call of each column, in us, over the replays that ended while all ran.
+
+    Args:
+        ends_ms: for each column the ends of its replays, in order, from a common start.
+        num_calls: calls of one replay, by column.
+
+    Raises:
+        ValueError: a column ended fewer than two replays before another one was through.
+    """
+    until = min(column[-1] for column in ends_ms)
+    medians: list[float] = []
+    for column, calls in zip(ends_ms, num_calls, strict=True):
+        inside = [time for time in column if time <= until]
+        if len(inside) < 2:
+            raise ValueError(
+                f"a kernel ended {len(inside)} replays while the others ran, but two are needed: "
+                "give it more, or shorter ones"
+            )
+        medians.append(statistics.median(1e3 * (b - a) / calls for a, b in pairwise(inside)))
+    return tuple(medians)

@@ -1,8 +1,16 @@
-"""The profile grid: what is measured, in which order, and what is left after a kill."""
+"""The lattice of points: families of a graph, legal shares, collectives."""
 
 from __future__ import annotations
 
-from nanoflow_tune.profiler.grid import make_grid
+import pytest
+
+from nanoflow_tune.profiler.grid import (
+    collective_points,
+    families,
+    is_collective,
+    legal_shares,
+    sustained_points,
+)
 from nanoflow_tune.runtime.op_graph import OpGraph
 from nanoflow_tune.search_spaces.loader import load_model
 
@@ -19,48 +27,47 @@ VARIANTS = {
 }
 
 
-def grid(model="llama2-70b", tp_degree=2, **changes):
-    graph = OpGraph.build(load_model(model), tp_degree)
-    return make_grid(graph, 132, VARIANTS, with_collectives=tp_degree > 1, **changes)
+def graph(model="llama2-70b", tp_degree=2):
+    return OpGraph.build(load_model(model), tp_degree)
 
 
-def test_every_op_of_the_layer_is_measured_at_a_share_and_its_complement():
-    made = grid()
-    kinds = {point.kind for point in made.solo}
-    assert kinds == set(VARIANTS)
-    shares = {point.num_sms for point in made.solo if point.kind == "gemm"}
-    assert {132 - share for share in shares if share < 132} == shares - {132}
-    assert len(set(made.solo)) == len(made.solo)
+def test_legal_shares_are_eights_their_complements_and_the_whole_gpu():
+    shares = legal_shares(132, 8)
+    assert shares[0] == 8
+    assert shares[-1] == 132
+    below = set(shares) - {132}
+    assert {132 - share for share in below} == below
+    assert all(share % 8 == 0 or (132 - share) % 8 == 0 for share in shares)
 
 
-def test_about_a_tenth_of_the_points_have_their_energy_measured():
-    made = grid()
-    solo = [point for point in made.solo if point.kind != "all_reduce"]
-    assert made.joule_points <= set(solo)
-    assert 0.09 < len(made.joule_points) / len(solo) < 0.11
+@pytest.mark.parametrize("model", ["llama2-70b", "llama3-8b"])
+def test_every_op_of_an_iteration_has_a_family_and_every_coarse_share_is_legal(model):
+    made = families(graph(model, 1), 132, 8, VARIANTS)
+    ops = (*graph(model, 1).prologue, *graph(model, 1).layer, *graph(model, 1).epilogue)
+    assert {(f.kind, f.shape) for f in made} == {(op.kind, op.shape) for op in ops}
+    assert all(set(f.shares) <= set(f.lattice) for f in made)
+    assert all(f.num_sms == 132 == max(f.lattice) for f in made)
+    assert len({(f.kind, f.shape, f.kv_len) for f in made}) == len(made)
 
 
-def test_the_order_is_random_but_the_same_for_a_seed():
-    assert grid() == grid()
-    assert grid().solo != grid(seed=1).solo
-    assert set(grid().solo) == set(grid(seed=1).solo)
+def test_attention_has_a_family_for_each_kv_length_and_the_head_only_the_whole_gpu():
+    made = families(graph(), 132, 8, VARIANTS)
+    assert {f.kv_len for f in made if f.kind == "decode_attention"} == {512, 1024, 2048}
+    head = next(f for f in made if f.kind == "gemm" and f.shape == "n16000_k8192")
+    assert head.shares == head.lattice == (132,)
+    assert max(f.tokens[0] for f in made) == 2048
 
 
-def test_what_was_measured_is_not_measured_again():
-    made = grid()
-    half = set(made.solo[: len(made.solo) // 2])
-    left = made.without(half, set(made.pairs[:3]))
-    assert not half & set(left.solo)
-    assert set(left.solo) | half == set(made.solo)
-    assert left.joule_points <= set(left.solo)
-    assert left.pairs == made.pairs[3:]
-    assert left.minutes < made.minutes
-    assert not made.without(set(made.solo), set(made.pairs)).solo
+def test_collectives_are_points_of_all_ranks_and_not_families():
+    assert is_collective("all_reduce")
+    assert not any(is_collective(f.kind) for f in families(graph(), 132, 8, VARIANTS))
+    points = collective_points(graph(), 132, VARIANTS)
+    assert {point.shape for point in points} == {"d8192_r2"}
+    assert {point.variant for point in points} == {"nccl", "nccl_8"}
+    assert collective_points(graph("llama3-8b", 1), 132, VARIANTS) == []
 
 
-def test_pairs_fill_the_gpu():
-    assert all(a.num_sms + b.num_sms == 132 for a, b in grid().pairs)
-
-
-def test_one_gpu_has_no_collectives():
-    assert not [p for p in grid("llama3-8b", 1).solo if p.kind == "all_reduce"]
+def test_the_sustained_rate_is_that_of_the_largest_gemm_of_all_models():
+    points = sustained_points([graph("llama3-8b", 1), graph()], 132, VARIANTS)
+    assert {point.shape for point in points} == {"n28672_k8192"}
+    assert {point.kind for point in points} == {"gemm"}
