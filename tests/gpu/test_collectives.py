@@ -24,12 +24,34 @@ COPIES = ("copy_engine", "copy_engine_add", "copy_engine+copies")
 VARIANTS = (*NCCL, *SYMMETRIC, *COPIES)
 
 
+class Ranks:
+    """Two ranks that are started anew after a failure: a hang or a CUDA error spoils them."""
+
+    def __init__(self):
+        self.group = None
+
+    def call(self, function, *arguments):
+        from nanoflow_tune.runtime.launch import RankGroup
+
+        if self.group is None:
+            self.group = RankGroup(2, device="cuda", timeout_s=180.0).__enter__()
+        try:
+            return self.group.call(function, *arguments)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self):
+        if self.group is not None:
+            self.group.close()
+        self.group = None
+
+
 @pytest.fixture(scope="module")
 def ranks():
-    from nanoflow_tune.runtime.launch import RankGroup
-
-    with RankGroup(2, device="cuda", timeout_s=120.0) as group:
-        yield group
+    ranks = Ranks()
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture(scope="module")
