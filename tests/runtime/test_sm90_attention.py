@@ -1,15 +1,19 @@
-"""Decode attention for Hopper without a GPU: it compiles, and its division of the work is right.
+"""Decode attention for Hopper without a GPU: it compiles, divides its work right, and is right.
 
-The kernel itself runs in tests/gpu/test_sm90_attention.py.
+The kernel's own source runs on the CPU, with the instructions of `cuda_on_cpu/` in place of those
+of the device; on a device it runs in tests/gpu/test_sm90_attention.py.
 """
 
 from __future__ import annotations
 
 import random
 import re
+import shutil
+import subprocess
 from bisect import bisect_right
 from dataclasses import replace
 from itertools import accumulate, pairwise
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +28,8 @@ from nanoflow_tune.runtime.kernels.sm90_attention import (  # noqa: E402
     launch_decode,
 )
 
+CUDA_ON_CPU = Path(__file__).parent / "cuda_on_cpu"
+CUDA_SOURCES = Path(__file__).parents[2] / "runtime" / "kernels" / "cuda"
 REGISTERS_OF_AN_SM = 65536
 SHARED_BYTES_OF_A_BLOCK = 227 << 10
 
@@ -44,6 +50,39 @@ def test_every_variant_compiles_without_spills_and_fits_an_sm(head_dim, group, i
     registers = int(re.search(r"Used (\d+) registers", log).group(1))
     assert registers * 32 * tile.num_warps <= REGISTERS_OF_AN_SM
     assert tile.shared_bytes(head_dim) <= SHARED_BYTES_OF_A_BLOCK
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("head_dim", "group", "num_warps", "stages", "min_pages", "min_fragment"),
+    [(128, 8, 2, 2, 2, 1), (128, 4, 8, 3, 8, 4), (64, 1, 3, 3, 1, 1), (64, 11, 2, 6, 4, 4)],
+)
+def test_the_source_run_on_a_cpu_matches_float64_in_any_order_of_blocks(
+    tmp_path, head_dim, group, num_warps, stages, min_pages, min_fragment
+):
+    macros = {
+        "HEAD_DIM": head_dim,
+        "GROUP": group,
+        "WARPS": num_warps,
+        "STAGES": stages,
+        "MIN_PAGES": min_pages,
+        "MIN_FRAGMENT": min_fragment,
+        "EVICT_FIRST": 1,
+    }
+    sources = (CUDA_SOURCES / "decode_attention.cu", CUDA_ON_CPU / "decode_attention.cpp")
+    program = tmp_path / "decode_attention"
+    # From standard input, so that `#include` finds the stand-ins of `cuda_on_cpu` first.
+    subprocess.run(
+        ["g++", "-std=c++20", "-O1", "-w", f"-I{CUDA_SOURCES}", "-x", "c++", "-", "-o", program]
+        + [f"-D{name}={value}" for name, value in macros.items()],
+        input="".join(source.read_text() for source in sources),
+        text=True,
+        cwd=CUDA_ON_CPU,
+        check=True,
+    )
+    done = subprocess.run([program, "8"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert float(done.stdout) < 1e-2
 
 
 # ---- division of the work: the kernel's formulas against what they are to achieve ----------------
