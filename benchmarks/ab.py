@@ -1,8 +1,9 @@
 """Interleaved A/B on one GPU, sustained: what the benchmark scripts share.
 
-Contenders take turns of half a second, warmed up first, on random data and on their SM partitions;
-the order turns round from round to round. A ratio is formed within each round and its median and
-range are reported, with the clocks and watts of both sides. Timing is the profiler's.
+The card is driven for half a second once, then contenders take turns of 80 ms, case after case
+without a pause, so that it stays on its power cap; the order turns round from round to round. A
+ratio is formed within each round; its median and range are reported, with clocks and watts. Data
+are random, each contender runs on its own SM partition, and timing is the profiler's.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import csv
 import shlex
 import statistics
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
+from figures import FIGURES, FigureRow, spread_of, summary, write_figures
 
 from nanoflow_tune.autotune.provenance import commit as this_commit
 from nanoflow_tune.profiler.profile import Point
@@ -31,11 +34,11 @@ if TYPE_CHECKING:
 
 MODELS = (("llama3-8b", 1), ("llama2-70b", 2))
 """Models and tensor-parallel degrees whose layers are measured."""
-WARM_S, TURN_WARM_S, TURN_S = 0.5, 0.1, 0.5
-PICK_S = 0.085
+WARM_S, TURN_WARM_S, TURN_S = 0.5, 0.015, 0.065
+PICK_S = 0.03
 """One burst measurement of one variant, with its preparation."""
-START_S = 45.0
-"""Partitions, their audit, static watts, and the compiler."""
+START_S = 40.0
+"""Partitions, their audit, static watts, and the compilers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +48,20 @@ class Turns:
     name: str
     times_us: tuple[float, ...]
     """Median time of one call, by round."""
-    sm_clock_mhz: float
+    clocks_mhz: tuple[float, ...]
+    """SM clock in the middle of each turn."""
     watts: float
+    """Of the whole case, all contenders: a turn is too short for the energy counter."""
 
     @property
     def median_us(self) -> float:
         """Median over the rounds."""
         return statistics.median(self.times_us)
+
+    @property
+    def sm_clock_mhz(self) -> float:
+        """Mean over the rounds."""
+        return statistics.mean(self.clocks_mhz)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +73,8 @@ class Figure:
     values: tuple[float, ...]
     """By round."""
     unit: str
-    reach: float
-    """What the figure should be at least; 0 where nothing is asked of it."""
+    reach: str
+    """As in `FigureRow`; "" where nothing is asked of it."""
     subject: Turns
     baseline: Turns | None = None
 
@@ -73,21 +83,11 @@ class Figure:
         """Median over the rounds."""
         return statistics.median(self.values)
 
-    @property
-    def spread(self) -> str:
-        """Lowest and highest round."""
-        return f"{min(self.values):.3f}-{max(self.values):.3f}"
-
-    @property
-    def is_reached(self) -> bool:
-        """Whether the value is at least the reach."""
-        return self.value >= self.reach
-
 
 def ratio(
     figure_id: str,
     case: str,
-    reach: float,
+    reach: str,
     subject: Turns,
     baseline: Turns,
     scale: float = 1.0,
@@ -106,6 +106,19 @@ def ratio(
     )
 
 
+def figure_row(figure: Figure, header: Mapping[str, str]) -> FigureRow:
+    """The figure as a row of `figures.csv`; the header says what measured it."""
+    return FigureRow(
+        id=figure.id,
+        case=figure.case,
+        value=figure.value,
+        unit=figure.unit,
+        reach=figure.reach,
+        spread=spread_of(figure.values),
+        **{name: header[name] for name in ("command", "commit", "gpu", "date")},
+    )
+
+
 _COLUMNS = (
     "id",
     "case",
@@ -116,59 +129,38 @@ _COLUMNS = (
     "subject",
     "subject_us",
     "subject_mhz",
-    "subject_watts",
     "baseline",
     "baseline_us",
     "baseline_mhz",
-    "baseline_watts",
+    "watts",
     "rounds",
 )
 
 
 def cells(figure: Figure) -> list[str]:
-    """A figure as CSV cells."""
+    """A figure as CSV cells of the details table."""
 
     def of(turns: Turns | None) -> list[str]:
         if turns is None:
-            return [""] * 4
-        clock, watts = f"{turns.sm_clock_mhz:.0f}", f"{turns.watts:.0f}"
-        return [turns.name, f"{turns.median_us:.2f}", clock, watts]
+            return [""] * 3
+        return [turns.name, f"{turns.median_us:.2f}", f"{turns.sm_clock_mhz:.0f}"]
 
     return [
         figure.id,
         figure.case,
         f"{figure.value:.4f}",
         figure.unit,
-        f"{figure.reach:g}" if figure.reach else "",
-        figure.spread,
+        figure.reach,
+        spread_of(figure.values),
         *of(figure.subject),
         *of(figure.baseline),
+        f"{figure.subject.watts:.0f}",
         str(len(figure.values)),
     ]
 
 
-def table(figures: Sequence[Figure]) -> str:
-    """The figures as aligned text, then the worst case of each id that has a reach."""
-    lines = [list(_COLUMNS), *(cells(figure) for figure in figures)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]
-    text = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
-    for figure_id in dict.fromkeys(figure.id for figure in figures if figure.reach):
-        mine = [figure for figure in figures if figure.id == figure_id]
-        worst = min(mine, key=lambda figure: figure.value)
-        reached = sum(figure.is_reached for figure in mine)
-        text.append(
-            f"{figure_id}: worst {worst.value:.3f} {worst.unit} ({worst.case}), median "
-            f"{statistics.median(figure.value for figure in mine):.3f}; {reached} of {len(mine)} "
-            f"cases reach {worst.reach:g}"
-        )
-    return "\n".join(text)
-
-
 def write_table(path: Path, figures: Iterable[Figure], header: Mapping[str, str]) -> None:
-    """Write `results/NAME.csv`: a YAML header in comment lines, then the rows."""
+    """Write the details: a YAML header in comment lines, then one row a figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         text = yaml.safe_dump(dict(header), sort_keys=False, allow_unicode=True, width=1000)
@@ -178,58 +170,31 @@ def write_table(path: Path, figures: Iterable[Figure], header: Mapping[str, str]
         writer.writerows(cells(figure) for figure in figures)
 
 
-_FIGURE_COLUMNS = (
-    "id",
-    "case",
-    "value",
-    "unit",
-    "reach",
-    "spread",
-    "command",
-    "commit",
-    "gpu",
-    "date",
-)
-
-
-def update_figures(path: Path, figures: Iterable[Figure], header: Mapping[str, str]) -> None:
-    """Put the figures that have a reach into `figures.csv`; a case's former row is replaced."""
-    rows: dict[tuple[str, str], list[str]] = {}
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
-            for old in list(csv.reader(file))[1:]:
-                rows[old[0], old[1]] = old
-    for figure in figures:
-        if figure.reach:
-            origin = [header[name] for name in ("command", "commit", "gpu", "date")]
-            rows[figure.id, figure.case] = [*cells(figure)[:6], *origin]
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_FIGURE_COLUMNS)
-        writer.writerows(rows[key] for key in sorted(rows))
-
-
 def take_turns(timer: Timer, batches: Mapping[str, Batch], rounds: int) -> dict[str, Turns]:
-    """Time the batches in turns; the card is warm and on its power cap before the first."""
-    burst_us = {name: timer.sample(batch).median_us for name, batch in batches.items()}
-    for name, batch in batches.items():
-        timer.sustain(batch, burst_us[name], WARM_S / len(batches), TURN_WARM_S)
+    """Time the batches in turns on a card that is warm already."""
+    from nanoflow_tune.profiler.timing import timed_replays
+
+    names = list(batches)
+    calls = {name: batch.num_calls for name, batch in batches.items()}
+    once_us = {name: timer.replay_us(batch) for name, batch in batches.items()}
     times: dict[str, list[float]] = {name: [] for name in batches}
     clocks: dict[str, list[float]] = {name: [] for name in batches}
-    watts: dict[str, list[float]] = {name: [] for name in batches}
-    for turn in range(rounds):
-        names = list(batches)
-        for name in names if turn % 2 == 0 else names[::-1]:
-            samples = timer.sustain(batches[name], burst_us[name], TURN_WARM_S, TURN_S)
-            times[name].append(samples.median_us)
-            clocks[name].append(samples.sm_clock_mhz)
-            watts[name].append(timer.meter.watts)
+    with timer.meter as meter:
+        for turn in range(rounds):
+            for name in names if turn % 2 == 0 else names[::-1]:
+                replay = batches[name].replay
+                for _ in range(max(1, round(TURN_WARM_S * 1e6 / once_us[name]))):
+                    replay()
+                count = max(3, round(TURN_S * 1e6 / once_us[name]))
+                found_us, clock = timed_replays(replay, count, meter)
+                times[name].append(statistics.median(found_us) / calls[name])
+                clocks[name].append(clock)
     return {
         name: Turns(
             name=name,
             times_us=tuple(times[name]),
-            sm_clock_mhz=statistics.mean(clocks[name]),
-            watts=statistics.mean(watts[name]),
+            clocks_mhz=tuple(clocks[name]),
+            watts=timer.meter.watts,
         )
         for name in batches
     }
@@ -237,7 +202,7 @@ def take_turns(timer: Timer, batches: Mapping[str, Batch], rounds: int) -> dict[
 
 def predicted_s(num_picked: int, num_turns: int) -> float:
     """Seconds of `num_picked` bursts and `num_turns` turns, warming up left out."""
-    return num_picked * PICK_S + num_turns * (TURN_S + TURN_WARM_S)
+    return num_picked * PICK_S + num_turns * (TURN_S + TURN_WARM_S + 0.01)
 
 
 def gemm_shapes() -> dict[str, str]:
@@ -245,9 +210,18 @@ def gemm_shapes() -> dict[str, str]:
     found: dict[str, str] = {}
     for model, tp_degree in MODELS:
         for op in OpGraph.build(load_model(model), tp_degree).layer:
-            if op.kind == "gemm":
+            if op.kind in ("gemm", "gemm_silu"):
                 found.setdefault(op.shape, f"{model} TP{tp_degree} {op.name}")
     return found
+
+
+def gemm_cases(tokens: Sequence[int]) -> dict[str, tuple[str, int]]:
+    """Case -> (shape, tokens): every GEMM shape of every layer at each number of tokens."""
+    return {
+        f"{origin} {shape} {rows} tokens": (shape, rows)
+        for shape, origin in gemm_shapes().items()
+        for rows in tokens
+    }
 
 
 def gemm_point(shape: str, variant: str, tokens: int, num_sms: int) -> Point:
@@ -257,14 +231,22 @@ def gemm_point(shape: str, variant: str, tokens: int, num_sms: int) -> Point:
     )
 
 
+UNTOLD = "torch"
+"""The GEMM that calls cuBLAS without telling it how many SMs it has."""
+
+
+def is_cublas(variant: str) -> bool:
+    """Whether a GEMM variant is cuBLAS: told its SMs, or not."""
+    return variant == UNTOLD or variant.startswith("cublas")
+
+
 def gpu_variants(kind: str) -> tuple[str, ...]:
     """Registered CUDA variants of a kind, but for torch's own."""
     from nanoflow_tune.runtime import kernels
     from nanoflow_tune.runtime.kernels import registry
 
     kernels.load("cuda")
-    kernels.load("experimental")
-    names = registry.variants(kind, "cuda")  # type: ignore[arg-type]
+    names = registry.variants(cast(Any, kind), "cuda")
     return tuple(name for name in names if name != "torch")
 
 
@@ -272,13 +254,18 @@ class Bench:
     """One benchmark run: its options, and on a GPU the sweep and the operands."""
 
     def __init__(self, name: str, doc: str, tokens: Sequence[int] = ()) -> None:
-        parser = argparse.ArgumentParser(prog=f"benchmarks/{name}.py", description=doc)
+        parser = argparse.ArgumentParser(
+            prog=f"benchmarks/{name}.py",
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         parser.add_argument("--gpu", default="h200", help="hardware spec (default: h200)")
         parser.add_argument("--commit", default="", help="of the source; default: git's")
-        parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
-        parser.add_argument("--out", type=Path, default=Path(f"results/{name}.csv"))
-        parser.add_argument("--figures", type=Path, default=Path("results/figures.csv"))
+        parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
+        parser.add_argument("--out", type=Path, default=FIGURES, help="figures, rows replaced")
+        parser.add_argument("--details", type=Path, help=f"default: {name}.csv beside --out")
         parser.add_argument("--only", default="", help="measure cases that hold this text")
+        parser.add_argument("--minutes", type=float, default=0.0, help="start no case after these")
         parser.add_argument("--dry-run", action="store_true", help="print cases and seconds")
         if tokens:
             parser.add_argument("--tokens", type=int, nargs="+", default=list(tokens))
@@ -290,10 +277,11 @@ class Bench:
         self.is_dry_run: bool = options.dry_run
         self._only: str = options.only
         self._out: Path = options.out
-        self._figures_path: Path = options.figures
+        self._details: Path = options.details or options.out.with_name(f"{name}.csv")
         self._commit: str = options.commit or this_commit()
         self._command = shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])
         self._figures: list[Figure] = []
+        self._seconds: float = options.minutes * 60 or float("inf")
 
     def chosen(self, cases: Iterable[str]) -> list[str]:
         """The cases that `--only` leaves."""
@@ -303,10 +291,10 @@ class Bench:
         """What `--dry-run` shows."""
         for case in cases:
             print(case)
-        print(f"{len(cases)} cases, about {START_S + seconds + WARM_S * len(cases):.0f} s")
+        print(f"{len(cases)} cases, about {START_S + seconds:.0f} s")
 
     def start(self, kv_pool_bytes: float = 0.0) -> None:
-        """Make partitions and operands; from here on a GPU is needed."""
+        """Make partitions and operands and warm the card; from here on a GPU is needed."""
         import torch
 
         from nanoflow_tune.profiler.cases import CaseFactory
@@ -317,11 +305,19 @@ class Bench:
         self.sweep: Sweep = Sweep(self.hardware, PowerMeter(0), kv_pool_bytes)
         device = torch.device("cuda", 0)
         self.cases: CaseFactory = CaseFactory(torch.bfloat16, device, kv_pool_bytes)
-        self._header = {
+        self.header = {
             **self.sweep.header(self._commit, self._command, self.sweep.static_watts(), {}),
-            "regime": f"sustained: {WARM_S} s warm-up, {self.rounds} turns of {TURN_S} s each, "
-            "interleaved, random normal data; spread is the lowest and highest turn",
+            "regime": f"sustained: {WARM_S} s warm-up, then {self.rounds} turns of "
+            f"{1e3 * TURN_S:.0f} ms each without a pause, interleaved, random normal data; spread "
+            "is the lowest and highest turn; clocks are read within turns, watts over the case",
         }
+        self.sweep.timer.heat(1e3 * WARM_S)
+        self._started_s = time.monotonic()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether `--minutes` have passed since the start."""
+        return time.monotonic() - self._started_s > self._seconds
 
     def batch(self, point: Point) -> Batch:
         """A captured batch of a profile point on its partition."""
@@ -329,7 +325,11 @@ class Bench:
         return self.sweep.timer.batch(self.cases.calls(point), stream)
 
     def fastest(self, points: Iterable[Point]) -> Point:
-        """The fastest of some points in a burst; says which could not run."""
+        """The fastest of some points in a burst; says which could not run.
+
+        Raises:
+            RuntimeError: none of them ran.
+        """
         best_us, best = float("inf"), None
         for point in points:
             row = self.sweep.measure(point, with_joules=False)
@@ -342,13 +342,14 @@ class Bench:
         return best
 
     def add(self, figures: Iterable[Figure]) -> None:
-        """Show figures as they come, and keep the files up to date: a killed run leaves them."""
+        """Show figures as they come, and keep the details up to date: a killed run leaves them."""
         for figure in figures:
             print(", ".join(cells(figure)), file=sys.stderr, flush=True)
             self._figures.append(figure)
-        write_table(self._out, self._figures, self._header)
+        write_table(self._details, self._figures, self.header)
 
     def finish(self) -> None:
-        """Print the table and bring `figures.csv` up to date."""
-        print(table(self._figures))
-        update_figures(self._figures_path, self._figures, self._header)
+        """Bring the figures up to date and print the worst case of each."""
+        rows = [figure_row(figure, self.header) for figure in self._figures if figure.reach]
+        write_figures(rows, self._out)
+        print(summary(rows))

@@ -2,6 +2,9 @@
 
 Every benchmark writes its rows here through `write_figures`, which replaces rows of the same id and
 case and keeps all others; `worst` is the case that decides. Needs no GPU and no torch.
+
+    python benchmarks/figures.py                 show the worst case of each figure
+    python benchmarks/figures.py OTHER.csv ...   first take over the rows of other files
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import csv
 import os
 import re
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -138,3 +142,15 @@ def write_figures(rows: Iterable[FigureRow], path: Path = FIGURES) -> None:
             cells = astuple(kept[key])
             writer.writerow([f"{c:.4f}" if isinstance(c, float) else c for c in cells])
     aside.replace(path)
+
+
+def main() -> None:
+    for name in sys.argv[1:]:
+        if not Path(name).exists():
+            sys.exit(f"{name} does not exist: pass files that benchmarks wrote with --out")
+        write_figures(read_figures(Path(name)))
+    print(summary(read_figures()))
+
+
+if __name__ == "__main__":
+    main()
