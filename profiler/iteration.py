@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,16 @@ class _Turns:
     joules: list[float] = field(default_factory=list[float])
     watts: list[float] = field(default_factory=list[float])
     clocks_mhz: list[float] = field(default_factory=list[float])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTurns:
+    """One layer of a schedule, by round of an interleaved run."""
+
+    layer_us: tuple[float, ...]
+    watts: float
+    """Mean while the whole model ran."""
+    sm_clock_mhz: float
 
 
 def load_model(ctx: RankContext, case: IterationCase) -> None:
@@ -124,6 +134,61 @@ def measure_schedules(
         for executor, count, turn in zip(executors, counts, turns, strict=True):
             _take_turn(loaded.meter, executor, count, turn)
     return [_timing(turn) for turn in turns]
+
+
+def measure_layers(
+    ctx: RankContext,
+    case: IterationCase,
+    schedules: Sequence[Schedule],
+    rounds: int,
+    turn_s: float,
+    few_layers: int,
+) -> list[LayerTurns]:
+    """Time one layer within many: the model's iteration less that of its first `few_layers`.
+
+    What comes before the first layer and after the last, and the ends of a pipeline, cancel out.
+
+    Args:
+        ctx: this rank.
+        case: its model has more layers than `few_layers`, and may have a small vocabulary.
+        schedules: compared in one interleaved run.
+        rounds: turns of each.
+        turn_s: seconds of a turn of the whole model; the few layers are replayed as often.
+        few_layers: layers that are taken off.
+
+    Returns:
+        One record per schedule; watts and clocks are this rank's.
+    """
+    load_model(ctx, case)
+    loaded: _Loaded = ctx.state["iteration"]
+    few = replace(
+        loaded, weights=replace(loaded.weights, layers=loaded.weights.layers[:few_layers])
+    )
+    executors = [
+        (_captured(ctx, loaded, schedule), _captured(ctx, few, schedule)) for schedule in schedules
+    ]
+    counts = _agree([_iterations_of(whole, turn_s) for whole, _ in executors])
+    turns = [(_Turns(), _Turns()) for _ in executors]
+    for (whole, _), count in zip(executors, counts, strict=True):
+        _replay(whole, count)
+    torch.cuda.synchronize()
+    for turn in range(rounds):
+        order = list(zip(executors, counts, turns, strict=True))
+        for pair, count, mine in order if turn % 2 == 0 else reversed(order):
+            for executor, kept in zip(pair, mine, strict=True):
+                _take_turn(loaded.meter, executor, count, kept)
+    layers = case.model.num_hidden_layers - few_layers
+    return [
+        LayerTurns(
+            layer_us=tuple(
+                (all_us - few_us) / layers
+                for all_us, few_us in zip(whole.turn_medians_us, rest.turn_medians_us, strict=True)
+            ),
+            watts=_mean_of_known(whole.watts),
+            sm_clock_mhz=statistics.mean(whole.clocks_mhz),
+        )
+        for whole, rest in turns
+    ]
 
 
 def _captured(ctx: RankContext, loaded: _Loaded, schedule: Schedule) -> Executor:

@@ -209,6 +209,21 @@ class Sweep:
         samples = self.timer.sample_fixed(batch, warm=2, count=12)
         return _row(point, samples)
 
+    def measure_collective_joules(
+        self, point: Point, agree: Callable[[list[int]], list[int]]
+    ) -> Row:
+        """Time and joules of one collective on all ranks at once, with counts that all agree on."""
+        calls = self._cases.calls(point, self._groups)
+        stream = self.stream(point.num_sms)
+        with torch.cuda.stream(stream):
+            calls[0]()
+        torch.cuda.synchronize()
+        batch = Batch(calls, stream, 20)
+        samples = self.timer.sample_fixed(batch, warm=2, count=12)
+        # From here on the count follows from the agreed time alone.
+        agreed_us = agree([round(samples.median_us * 1e3)])[0] / 1e3
+        return _row(point, samples, self.timer.joules_per_call(batch, agreed_us, JOULE_S))
+
     def measure_together(
         self, points: Together, agree: Callable[[list[int]], list[int]] = _as_they_are
     ) -> PairRow | TripleRow:
