@@ -1,11 +1,13 @@
 """Measured times of one kernel variant at one shape, and the values between its points.
 
-A grid is sparse: some shares may have fewer KV lengths, some KV lengths fewer token counts. Each
-axis is interpolated in the quantity that is closest to linear along it:
+A grid is irregular: the profiler measures shares densely where their curve bends, at each number of
+rows by itself, and some rows on all SMs only. So a column (one KV length and number of rows) is
+interpolated along its own shares first, then between the nearest columns whose shares reach around
+the one asked for. Each axis is interpolated in the quantity that is closest to linear along it:
 
+    num_sms  throughput (1 / time)
     tokens   time
     kv_len   time per key, over log(kv_len)
-    num_sms  throughput (1 / time)
 
 Outside the measured range the utilisation of the nearest point is kept: its time is scaled by the
 ratio of the roofline times of the two points.
@@ -39,58 +41,55 @@ class KernelGrid:
     def __init__(self, rows: Iterable[Row], roofline_us: RooflineUs) -> None:
         self.rows = {(r.point.tokens, r.point.kv_len, r.point.num_sms): r for r in rows}
         self._roofline_us = roofline_us
-        self._tokens: dict[tuple[int, int], tuple[int, ...]] = {}
-        self._kv_lens: dict[int, tuple[int, ...]] = {}
+        columns: dict[int, dict[int, list[int]]] = {}
         for tokens, kv_len, num_sms in sorted(self.rows):
-            key = num_sms, kv_len
-            self._tokens[key] = (*self._tokens.get(key, ()), tokens)
-        for num_sms, kv_len in sorted(self._tokens):
-            self._kv_lens[num_sms] = (*self._kv_lens.get(num_sms, ()), kv_len)
-        self._shares = tuple(sorted(self._kv_lens))
+            columns.setdefault(kv_len, {}).setdefault(tokens, []).append(num_sms)
+        self._columns = columns
+        """KV length -> tokens -> shares, each in order."""
+        self._kv_lens = tuple(sorted(columns))
 
     def time(self, tokens: float, kv_len: float, num_sms: int) -> GridTime:
         """Time of the kernel there, in us."""
-        low, high = _bracket(self._shares, num_sms)
-        time = self._at_share(tokens, kv_len, low)
+        if (tokens, kv_len, num_sms) in self.rows:
+            return GridTime(self.rows[int(tokens), int(kv_len), num_sms].median_us, True)
+        low, high = _bracket(self._kv_lens, kv_len)
+        us = self._at_kv_len(tokens, low, num_sms)
         if low == high:
-            if low == num_sms:
-                return time
-            roofline = self._roofline_us
-            ratio = roofline(tokens, kv_len, num_sms) / roofline(tokens, kv_len, low)
-            return GridTime(time.us * ratio, False)
-        above = self._at_share(tokens, kv_len, high)
-        weight = (num_sms - low) / (high - low)
-        return GridTime(1 / ((1 - weight) / time.us + weight / above.us), False)
-
-    def _at_share(self, tokens: float, kv_len: float, num_sms: int) -> GridTime:
-        low, high = _bracket(self._kv_lens[num_sms], kv_len)
-        time = self._at_kv_len(tokens, low, num_sms)
-        if low == high:
-            if low == kv_len:
-                return time
-            roofline = self._roofline_us
-            ratio = roofline(tokens, kv_len, num_sms) / roofline(tokens, low, num_sms)
-            return GridTime(time.us * ratio, False)
-        above = self._at_kv_len(tokens, high, num_sms)
+            if low != kv_len:
+                us *= self._roofline_us(tokens, kv_len, num_sms)
+                us /= self._roofline_us(tokens, low, num_sms)
+            return GridTime(us, False)
+        above_us = self._at_kv_len(tokens, high, num_sms)
         if low == 0:
             weight = kv_len / high
-            return GridTime((1 - weight) * time.us + weight * above.us, False)
+            return GridTime((1 - weight) * us + weight * above_us, False)
         weight = log(kv_len / low) / log(high / low)
-        us_per_key = (1 - weight) * time.us / low + weight * above.us / high
+        us_per_key = (1 - weight) * us / low + weight * above_us / high
         return GridTime(us_per_key * kv_len, False)
 
-    def _at_kv_len(self, tokens: float, kv_len: int, num_sms: int) -> GridTime:
-        low, high = _bracket(self._tokens[num_sms, kv_len], tokens)
-        us = self.rows[low, kv_len, num_sms].median_us
+    def _at_kv_len(self, tokens: float, kv_len: int, num_sms: int) -> float:
+        columns = self._columns[kv_len]
+        around = [rows for rows, shares in columns.items() if shares[0] <= num_sms <= shares[-1]]
+        low, high = _bracket(around or list(columns), tokens)
+        us = self._at_column(low, kv_len, num_sms)
         if low == high:
-            if low == tokens:
-                return GridTime(us, True)
-            roofline = self._roofline_us
-            ratio = roofline(tokens, kv_len, num_sms) / roofline(low, kv_len, num_sms)
-            return GridTime(us * ratio, False)
-        above = self.rows[high, kv_len, num_sms].median_us
+            if low != tokens:
+                us *= self._roofline_us(tokens, kv_len, num_sms)
+                us /= self._roofline_us(low, kv_len, num_sms)
+            return us
         weight = (tokens - low) / (high - low)
-        return GridTime((1 - weight) * us + weight * above, False)
+        return (1 - weight) * us + weight * self._at_column(high, kv_len, num_sms)
+
+    def _at_column(self, tokens: int, kv_len: int, num_sms: int) -> float:
+        low, high = _bracket(self._columns[kv_len][tokens], num_sms)
+        us = self.rows[tokens, kv_len, low].median_us
+        if low == high:
+            if low != num_sms:
+                us *= self._roofline_us(tokens, kv_len, num_sms)
+                us /= self._roofline_us(tokens, kv_len, low)
+            return us
+        weight = (num_sms - low) / (high - low)
+        return 1 / ((1 - weight) / us + weight / self.rows[tokens, kv_len, high].median_us)
 
 
 def _bracket(values: Sequence[int], x: float) -> tuple[int, int]:
