@@ -27,7 +27,7 @@ from .power import PowerMeter
 from .profile import PairRow, Point, Row, TripleRow
 from .rank_jobs import KV_POOL_BYTES, ProfileJob, ProfileRun, gpu_variants
 from .store import PAIRS, TRIPLES, ProfileWriter, read_pairs, read_rows, read_triples, tidy
-from .sweep import Sweep
+from .sweep import Sweep, failed_row
 
 TRIPLE_JOBS, TRIPLES_OF_JOB = 2, 3
 """Jobs with three-way checks, and how many each."""
@@ -53,7 +53,7 @@ class _Places:
 class _Files:
     """Open profile files of a run, header first."""
 
-    def __init__(self, header: Callable[[], dict[str, str]]) -> None:
+    def __init__(self, header: dict[str, str]) -> None:
         self._header = header
         self._writers: dict[Path, ProfileWriter] = {}
 
@@ -68,13 +68,10 @@ class _Files:
         self._writers[path].append(row)
 
     def _header_of(self, path: Path) -> dict[str, str]:
-        """That of the file, or of the solo file beside it; measured only where there is neither."""
+        """That of the solo file beside a new file of co-runs, else this run's."""
         name = path.name.removesuffix(PAIRS).removesuffix(TRIPLES).removesuffix(".csv")
         solo = path.with_name(f"{name}.csv")
-        found = next((p for p in (path, solo) if p.exists()), None)
-        if found == solo:
-            return read_rows(solo)[0]
-        return self._header() if found is None else {}
+        return read_rows(solo)[0] if solo != path and solo.exists() else self._header
 
     def close(self) -> None:
         for writer in self._writers.values():
@@ -106,20 +103,30 @@ def run(ctx: RankContext, order: ProfileRun) -> None:
     variants = gpu_variants()
     places = _places(order.jobs, variants)
     rows = _known_rows(order.jobs)
-    files = _Files(_header_once(sweep, order, places.graphs, variants))
+    first, sustained = order.jobs[0], dict[str, str]()
+    header = sweep.header(first.commit, first.command, sweep.static_watts(), {})
+    files = _Files(header)
     try:
         if ctx.rank == 0:
             _measure_alone(sweep, order, places, rows, variants, budget, files)
+            if "compute" in order.parts and not _have_sustained(order.jobs):
+                points = sustained_points(places.graphs, hardware.num_sms, variants)
+                sustained = sweep.sustained_gemm(points)
         if ctx.world_size > 1 and "collectives" in order.parts:
             _measure_in_step(ctx, sweep, order, rows, variants, budget, files)
     finally:
         files.close()
     if ctx.rank == 0:
         for path in {job.path for job in order.jobs if job.path.exists()}:
-            tidy(path)
+            tidy(path, sustained)
     del sweep
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def _have_sustained(jobs: Sequence[ProfileJob]) -> bool:
+    paths = [job.path for job in jobs if job.path.exists()]
+    return all("sustained_gemm" in read_rows(path)[0] for path in paths)
 
 
 def _places(jobs: Sequence[ProfileJob], variants: Variants) -> _Places:
@@ -142,23 +149,6 @@ def _known_rows(jobs: Sequence[ProfileJob]) -> dict[Point, Row]:
     return {row.point: row for path in paths if path.exists() for row in read_rows(path)[1]}
 
 
-def _header_once(
-    sweep: Sweep, order: ProfileRun, graphs: Sequence[OpGraph], variants: Variants
-) -> Callable[[], dict[str, str]]:
-    """Makes the header when the first new file needs it: it takes seconds to measure."""
-    made: dict[str, str] = {}
-
-    def header() -> dict[str, str]:
-        if not made:
-            first = order.jobs[0]
-            points = sustained_points(graphs, first.hardware.num_sms, variants)
-            static_w, sustained = sweep.static_watts(), sweep.sustained_gemm(points)
-            made.update(sweep.header(first.commit, first.command, static_w, sustained))
-        return made
-
-    return header
-
-
 def _measure_alone(
     sweep: Sweep,
     order: ProfileRun,
@@ -170,8 +160,8 @@ def _measure_alone(
 ) -> None:
     """Curves, joules and co-runs of one GPU."""
 
-    def measure(point: Point, with_joules: bool) -> Row:
-        row = sweep.measure(point, with_joules)
+    def store(row: Row) -> Row:
+        point = row.point
         files.append(places.path_of[point.kind, point.shape], row)
         if row.error and sweep.has_lost_context():
             raise RuntimeError(
@@ -179,6 +169,9 @@ def _measure_alone(
                 "the same command goes on behind it"
             )
         return row
+
+    def measure(point: Point, with_joules: bool) -> Row:
+        return store(sweep.measure(point, with_joules))
 
     def on_chunk(done: int, left: int) -> None:
         sweep.timer.heat(150.0)  # the card must not cool while the host looks at the curves
@@ -192,7 +185,9 @@ def _measure_alone(
             for family in places.families
             for variant in family.variants
         ]
-        sweep.compile(point for point in missing if point not in rows)
+        lost = sweep.compile(point for point in missing if point not in rows)
+        if lost is not None:
+            store(failed_row(lost, "took the CUDA context with it"))
         is_whole = measure_curves(
             places.families, rows, lambda point: measure(point, False), budget, on_chunk
         )

@@ -12,7 +12,7 @@ import csv
 import io
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -223,9 +223,15 @@ def read_triples(path: Path) -> tuple[dict[str, str], list[TripleRow]]:
     return header, triples
 
 
-def tidy(path: Path) -> None:
-    """Write `NAME.csv` anew in order of its points, the last row of each; in one step."""
+def tidy(path: Path, more_header: Mapping[str, str] | None = None) -> None:
+    """Write `NAME.csv` anew in order of its points, the last row of each; in one step.
+
+    Args:
+        path: of the file.
+        more_header: entries to add to its header.
+    """
     header, rows = read_rows(path)
+    header |= more_header or {}
     latest = {row.point: row for row in rows}
     aside = path.with_name(f"{path.name}.part")
     aside.unlink(missing_ok=True)

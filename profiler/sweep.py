@@ -149,22 +149,25 @@ class Sweep:
             torch.cuda.synchronize()
         return meter.watts
 
-    def compile(self, points: Iterable[Point]) -> None:
+    def compile(self, points: Iterable[Point]) -> Point | None:
         """Call each (kind, shape, variant) once, so that no compiler runs between samples.
 
         Failures come again, as rows, when the points are measured.
+
+        Returns:
+            The point whose kernel took the CUDA context with it; nothing can run after it.
         """
         seen: set[tuple[str, str, str]] = set()
         for point in points:
             key = (point.kind, point.shape, point.variant)
             if key not in seen:
                 seen.add(key)
-                with (
-                    suppress(RuntimeError, ValueError),
-                    torch.cuda.stream(self.stream(point.num_sms)),
-                ):
+                stream = self.stream(point.num_sms)
+                with suppress(RuntimeError, ValueError), torch.cuda.stream(stream):
                     self._cases.calls(point, self._groups)[0]()
-        torch.cuda.synchronize()
+                if self.has_lost_context():
+                    return point
+        return None
 
     def measure(self, point: Point, with_joules: bool) -> Row:
         """Time one point alone on its share; errors become a row."""
@@ -176,7 +179,7 @@ class Sweep:
             if with_joules:
                 joules = self.timer.joules_per_call(batch, samples.median_us, JOULE_S)
         except (RuntimeError, ValueError) as err:
-            return _row(point, None, error=_first_line(err))
+            return failed_row(point, _first_line(err))
         return _row(point, samples, joules)
 
     def has_lost_context(self) -> bool:
@@ -196,7 +199,7 @@ class Sweep:
         try:
             return self._collective_row(point, calls_per_batch)
         except ValueError as err:
-            return _row(point, None, error=_first_line(err))
+            return failed_row(point, _first_line(err))
 
     def _collective_row(self, point: Point, calls_per_batch: int) -> Row:
         calls = self._cases.calls(point, self._groups)
@@ -280,6 +283,11 @@ def _nccl_version() -> str:
     from torch.cuda import nccl
 
     return ".".join(map(str, nccl.version()))
+
+
+def failed_row(point: Point, error: str) -> Row:
+    """The row of a point that could not be measured."""
+    return _row(point, None, error=error)
 
 
 def _first_line(err: Exception) -> str:
