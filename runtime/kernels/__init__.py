@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib
 
 _MODULES = {
-    "cpu": ("torch_ops",),
+    "cpu": ("torch_ops", "grouped_gemm"),
     "cuda": (
         "cublas",
         "sm90_gemm",
+        "sm90_attention",
         "triton_gemm",
         "triton_attention",
         "triton_rows",
+        "flashinfer_attention",
+        "grouped_gemm",
+        "triton_grouped_gemm",
         "collectives",
     ),
     # Correct under Triton's interpreter, not yet run on a GPU: benchmarks and tests load them,

@@ -213,6 +213,8 @@ class CudaKernel:
         shared_bytes: int,
         arguments: Sequence[Any],
         cluster: int = 1,
+        *,
+        overlaps_previous: bool = False,
     ) -> None:
         """Launch on torch's current stream.
 
@@ -222,6 +224,8 @@ class CudaKernel:
             shared_bytes: dynamic shared memory of a block, the same in every launch.
             arguments: tensors, `TensorMap`s and ctypes scalars, in the kernel's order.
             cluster: blocks of a cluster along x; divides the grid.
+            overlaps_previous: start while the kernel before drains (programmatic dependent launch);
+                only for kernels that call `wait_for_previous_kernel`.
 
         Raises:
             KernelError: the driver refuses.
@@ -240,13 +244,22 @@ class CudaKernel:
         config.blockDimX, config.blockDimY, config.blockDimZ = num_threads, 1, 1
         config.sharedMemBytes = shared_bytes
         config.hStream = torch.cuda.current_stream().cuda_stream
+        attributes: list[Any] = []
         if cluster > 1:
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
             attribute.value.clusterDim.x = cluster
             attribute.value.clusterDim.y = 1
             attribute.value.clusterDim.z = 1
-            config.attrs, config.numAttrs = [attribute], 1
+            attributes.append(attribute)
+        if overlaps_previous:
+            attribute = driver.CUlaunchAttribute()
+            ids = driver.CUlaunchAttributeID
+            attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            attributes.append(attribute)
+        if attributes:
+            config.attrs, config.numAttrs = attributes, len(attributes)
         _checked(
             driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0),
             f"launching {self._name} with grid={grid}, threads={num_threads}, "

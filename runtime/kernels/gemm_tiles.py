@@ -16,10 +16,11 @@ BLOCK_K = 64
 STORE_COLUMNS = 64
 STORE_ROWS = 64
 CONSUMERS = 2
-_WIDTHS = range(96, 257, 8)
+_WIDTHS = range(32, 257, 8)
 _MAX_ACCUMULATORS = 176
 """fp32 sums a thread can hold beside everything else."""
 _MAX_SHARED_BYTES = 227 << 10
+_MAX_STAGES = 8
 _STORE_BYTES = CONSUMERS * 2 * STORE_ROWS * STORE_COLUMNS * 2
 _BARRIER_BYTES = 1024 + 256
 """Alignment of the ring, barriers."""
@@ -27,8 +28,10 @@ _MIN_SPLIT_STEPS = 8
 """A cluster that takes part in a split gets at least this many k-steps."""
 
 # Clocks, for comparing tiles of one call with each other: tensor cores do 2048 bf16 multiply-adds a
-# clock and SM (datasheet); the rest is fitted to sweeps of the width (results/LOG.md).
+# clock and SM, the L2 port gives 64 bytes (datasheet); the rest is fitted to sweeps of the width
+# (results/LOG.md).
 _MULTIPLY_ADDS_PER_CLOCK = 2048
+_PORT_BYTES_PER_CLOCK = 64
 _STEP_CLOCKS = 150
 """What a k-step costs beside its multiplications: narrow tiles pay it more often."""
 _TILE_CLOCKS = 1500
@@ -51,7 +54,7 @@ class GemmTile:
     def num_stages(self) -> int:
         """Stages of the ring: as many as shared memory holds beside the output."""
         room = _MAX_SHARED_BYTES - _STORE_BYTES - _BARRIER_BYTES
-        return room // self._stage_bytes
+        return min(_MAX_STAGES, room // self._stage_bytes)
 
     @property
     def shared_bytes(self) -> int:
@@ -70,7 +73,9 @@ class GemmTile:
     @property
     def step_clocks(self) -> float:
         """Clocks of one k-step, to compare with those of other tiles."""
-        return self.rows * self.columns * BLOCK_K / _MULTIPLY_ADDS_PER_CLOCK + _STEP_CLOCKS
+        multiplied = self.rows * self.columns * BLOCK_K / _MULTIPLY_ADDS_PER_CLOCK
+        loaded = (self.rows + self.columns / self.cluster) * BLOCK_K * 2 / _PORT_BYTES_PER_CLOCK
+        return max(multiplied, loaded) + _STEP_CLOCKS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

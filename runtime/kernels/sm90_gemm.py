@@ -159,8 +159,6 @@ def launch_gemm(
         ValueError: a tensor that TMA cannot address; names it.
     """
     rows, depth = x_TK.shape
-    if rows == 0:
-        return
     for name, tensor in (("x", x_TK), ("weight", weight_NK), ("out", out_TN)):
         _check(name, tensor)
     width, out_width = weight_NK.shape[0], out_TN.shape[1]
@@ -200,6 +198,7 @@ def launch_gemm(
             *map(ctypes.c_int32, counts),
         ),
         cluster=tile.cluster,
+        overlaps_previous=True,
     )
 
 
@@ -207,6 +206,8 @@ def _gemm(family: GemmFamily) -> Callable[..., None]:
     def gemm(
         x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, out_TN: Tensor, num_sms: int
     ) -> None:
+        if not x_TK.shape[0]:
+            return
         tile = family.tile(x_TK, weight_NK, num_sms, has_silu=False)
         launch_gemm(tile, x_TK, weight_NK, bias_N, out_TN, num_sms)
 
@@ -218,6 +219,8 @@ def _gemm_silu(family: GemmFamily) -> Callable[..., None]:
         x_TK: Tensor, weight_2FK: Tensor, scratch_T2F: Tensor, out_TF: Tensor, num_sms: int
     ) -> None:
         del scratch_T2F  # up and gate never leave the registers
+        if not x_TK.shape[0]:
+            return
         tile = family.tile(x_TK, weight_2FK, num_sms, has_silu=True)
         launch_gemm(tile, x_TK, weight_2FK, None, out_TF, num_sms, has_silu=True)
 

@@ -17,6 +17,8 @@ GEMM_TILES = [
     (GemmTile(rows=128, columns=136), False),
     (GemmTile(rows=128, columns=144), True),
     (GemmTile(rows=128, columns=96, cluster=2), True),
+    (GemmTile(rows=128, columns=32), False),
+    (GemmTile(rows=128, columns=32), True),
     (GemmTile(rows=128, columns=256, cluster=2), False),
     (GemmTile(rows=256, columns=176), False),
     (GemmTile(rows=256, columns=160), True),

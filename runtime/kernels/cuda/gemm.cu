@@ -376,6 +376,8 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * (1 + CONSUMERS), 1)
   } else {
     __syncthreads();
   }
+  allow_next_kernel();
+  wait_for_previous_kernel();
   int warpgroup = threadIdx.x / WARPGROUP;
   if (warpgroup == 0) {
     give_up_registers<40>();

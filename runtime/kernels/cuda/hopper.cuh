@@ -143,6 +143,19 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
+// ---- programmatic dependent launch ------------------------------------------------------------
+
+// Waits until the kernels before this one have ended and their writes can be seen; must come before
+// the first access to memory that they touch. Does nothing in an ordinary launch.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// Lets the next kernel of the stream take SMs as soon as this one leaves them.
+__device__ __forceinline__ void allow_next_kernel() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
 // ---- flags in global memory ----------------------------------------------------------------
 
 __device__ __forceinline__ int load_acquire(const int* flag) {
