@@ -1,6 +1,6 @@
 """A profile run on this machine's ranks: several models, one file each, within its minutes.
 
-Rank 0 measures kernels, joules and co-runs alone while the others wait; then all ranks measure
+Rank 0 measures kernels, joules and co-runs alone while the others wait; all ranks measure
 collectives, and GEMMs beside them, in step. Shapes that several models share are measured once,
 into the file of the first one that has them. Rows are stored at once, so that a killed run resumes.
 """
@@ -106,13 +106,17 @@ def run(ctx: RankContext, order: ProfileRun) -> None:
     first, sustained = order.jobs[0], dict[str, str]()
     header = sweep.header(first.commit, first.command, sweep.static_watts(), {})
     files = _Files(header)
+    in_step = ctx.world_size > 1 and "collectives" in order.parts
+    is_first = "compute" not in order.parts  # else kernels beside collectives are chosen by curves
     try:
+        if in_step and is_first:
+            _measure_in_step(ctx, sweep, order, rows, variants, budget, files)
         if ctx.rank == 0:
             _measure_alone(sweep, order, places, rows, variants, budget, files)
             if "compute" in order.parts and not _have_sustained(order.jobs):
                 points = sustained_points(places.graphs, hardware.num_sms, variants)
                 sustained = sweep.sustained_gemm(points)
-        if ctx.world_size > 1 and "collectives" in order.parts:
+        if in_step and not is_first:
             _measure_in_step(ctx, sweep, order, rows, variants, budget, files)
     finally:
         files.close()
