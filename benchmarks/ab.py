@@ -311,8 +311,18 @@ class Bench:
             f"{1e3 * TURN_S:.0f} ms each without a pause, interleaved, random normal data; spread "
             "is the lowest and highest turn; clocks are read within turns, watts over the case",
         }
-        self.sweep.timer.heat(1e3 * WARM_S)
         self._started_s = time.monotonic()
+
+    def warm(self, points: Iterable[Point] = ()) -> None:
+        """Compile what points need, then drive the card for half a second.
+
+        Raises:
+            RuntimeError: a kernel took the CUDA context with it.
+        """
+        lost = self.sweep.compile(points)
+        if lost is not None:
+            raise RuntimeError(f"{lost} took the CUDA context with it: take that variant out")
+        self.sweep.timer.heat(1e3 * WARM_S)
 
     @property
     def is_over(self) -> bool:

@@ -249,6 +249,7 @@ def main() -> None:
             name: bench.sweep.timer.batch([call], stream, batch_ms=4.0)
             for name, call in calls.items()
         }
+        bench.warm()  # operands took a while
         bench.add(figures(case, ab.take_turns(bench.sweep.timer, batches, bench.rounds)))
     bench.finish()
 

@@ -25,6 +25,9 @@ def main() -> None:
         return
     bench.start()
     own = [name for name in ab.gpu_variants("gemm") if not ab.is_cublas(name)]
+    shapes = dict.fromkeys(keys[case][0] for case in cases)
+    names = [*own, "cublas", ab.UNTOLD]
+    bench.warm(ab.gemm_point(shape, v, 512, bench.num_sms) for shape in shapes for v in names)
     for case in cases:
         if bench.is_over:
             break

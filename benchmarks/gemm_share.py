@@ -29,6 +29,9 @@ def main() -> None:
     bench.start()
     variants = ab.gpu_variants("gemm")
     own = [name for name in variants if not ab.is_cublas(name)]
+    shapes = dict.fromkeys(keys[case][0] for case in cases)
+    names = [*variants, ab.UNTOLD]
+    bench.warm(ab.gemm_point(shape, v, 512, bench.num_sms) for shape in shapes for v in names)
     for case in cases:
         if bench.is_over:
             break
@@ -41,8 +44,8 @@ def main() -> None:
 
         points = [fastest(bench.num_sms, [*variants, ab.UNTOLD])]
         points += [fastest(share, own) for share in SHARES]
-        names = [f"{point.variant} on {point.num_sms}" for point in points]
-        batches = {name: bench.batch(point) for name, point in zip(names, points, strict=True)}
+        labels = [f"{point.variant} on {point.num_sms}" for point in points]
+        batches = {name: bench.batch(point) for name, point in zip(labels, points, strict=True)}
         turns = ab.take_turns(bench.sweep.timer, batches, bench.rounds)
         bench.add(
             ab.ratio(
@@ -50,10 +53,10 @@ def main() -> None:
                 f"{case} {point.num_sms} SMs",
                 REACH,
                 turns[name],
-                turns[names[0]],
+                turns[labels[0]],
                 point.num_sms / bench.num_sms,
             )
-            for name, point in zip(names[1:], points[1:], strict=True)
+            for name, point in zip(labels[1:], points[1:], strict=True)
         )
     bench.finish()
 
