@@ -352,14 +352,16 @@ class Bench:
         return best
 
     def add(self, figures: Iterable[Figure]) -> None:
-        """Show figures as they come, and keep the details up to date: a killed run leaves them."""
+        """Show figures as they come, and keep both files up to date: a killed run leaves them."""
         for figure in figures:
             print(", ".join(cells(figure)), file=sys.stderr, flush=True)
             self._figures.append(figure)
         write_table(self._details, self._figures, self.header)
+        write_figures(self._rows(), self._out)
+
+    def _rows(self) -> list[FigureRow]:
+        return [figure_row(figure, self.header) for figure in self._figures if figure.reach]
 
     def finish(self) -> None:
-        """Bring the figures up to date and print the worst case of each."""
-        rows = [figure_row(figure, self.header) for figure in self._figures if figure.reach]
-        write_figures(rows, self._out)
-        print(summary(rows))
+        """Print the worst case of each figure."""
+        print(summary(self._rows()))
