@@ -18,17 +18,14 @@ _MODULES = {
         "triton_grouped_gemm",
         "collectives",
     ),
-    # Correct under Triton's interpreter, not yet run on a GPU: benchmarks and tests load them,
-    # profiles and plans do not.
-    "experimental": ("triton_gemm_splitk", "triton_decode_split"),
 }
 
 
 def load(group: str) -> None:
-    """Import the modules that register the variants of `cpu`, `cuda` or `experimental`."""
+    """Import the modules that register the variants of `cpu` or `cuda`."""
     for module in _MODULES[group]:
         importlib.import_module(f".{module}", __name__)
-    if group != "cpu":
+    if group == "cuda":
         from .gemm_silu import register_unfused
         from .triton_rows import silu_mul
 

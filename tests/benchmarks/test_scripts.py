@@ -93,7 +93,7 @@ def test_attention_figures_are_bytes_per_clock_and_ratios(load):
     ideal_us = few.memory_bytes / (8 * 64 * 1.5e9) * 1e6
     measured = {
         "triton": turns(ab, "triton", 2 * ideal_us),
-        "triton_split": turns(ab, "triton_split", ideal_us),
+        "sm90": turns(ab, "sm90", ideal_us),
     }
     own, *variants = attention.figures(few, measured)
     assert (own.unit, own.value) == ("B/clk", pytest.approx(64))

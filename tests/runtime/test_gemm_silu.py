@@ -65,7 +65,6 @@ def test_every_gemm_gets_a_variant_and_none_is_replaced():
 def test_names_tell_fused_from_unfused_variants():
     pytest.importorskip("triton")
     load("cuda")
-    load("experimental")
     for name in registry.variants("gemm_silu", "cuda"):
         kernel = registry.kernel("gemm_silu", name, "cuda")
         is_unfused = kernel is torch_ops.gemm_silu or "gemm_then_silu" in kernel.__qualname__
