@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .cuda_driver import checked, driver
 from .partition_layout import GroupRange, Slot, SmSplit
 
 
@@ -28,13 +29,6 @@ class PartitionAudit:
 
     slot: Slot
     sm_ids: frozenset[int]
-
-
-def _checked(result: tuple[Any, ...], what: str) -> Any:  # noqa: ANN401 - driver handles
-    error, *values = result
-    if int(error) != 0:
-        raise PartitionError(f"{what} failed with CUDA driver error {error}")
-    return values[0] if len(values) == 1 else tuple(values)
 
 
 class PartitionView:
@@ -123,13 +117,12 @@ class SmPartitions:
         )
 
     def _split(self) -> tuple[list[Any], Any]:
-        from cuda.bindings import driver
-
+        api = driver()
         torch.cuda.init()
-        device = _checked(driver.cuDeviceGet(torch.cuda.current_device()), "cuDeviceGet")
+        device = checked(api.cuDeviceGet(torch.cuda.current_device()), "cuDeviceGet")
         self._device = device
-        whole = _checked(
-            driver.cuDeviceGetDevResource(device, driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM),
+        whole = checked(
+            api.cuDeviceGetDevResource(device, api.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM),
             "cuDeviceGetDevResource",
         )
         if whole.sm.smCount != self.num_sms:
@@ -138,8 +131,8 @@ class SmPartitions:
                 "choose the spec of this GPU with --gpu"
             )
         count = self.num_sms // self._granularity
-        groups, made, remainder = _checked(
-            driver.cuDevSmResourceSplitByCount(count, whole, 0, self._granularity),
+        groups, made, remainder = checked(
+            api.cuDevSmResourceSplitByCount(count, whole, 0, self._granularity),
             "cuDevSmResourceSplitByCount",
         )
         groups = list(groups)[:made]
@@ -169,29 +162,25 @@ class SmPartitions:
         return self._whole[lane]
 
     def _make_stream(self, groups: GroupRange) -> torch.cuda.Stream:
-        from cuda.bindings import driver
-
+        api = driver()
         resources = self._groups[groups.start : groups.end]
         if groups.has_remainder:
             resources = [*resources, self._remainder]
-        description = _checked(
-            driver.cuDevResourceGenerateDesc(resources, len(resources)), "cuDevResourceGenerateDesc"
+        description = checked(
+            api.cuDevResourceGenerateDesc(resources, len(resources)), "cuDevResourceGenerateDesc"
         )
         # 1 = CU_GREEN_CTX_DEFAULT_STREAM and CU_STREAM_NON_BLOCKING: enum names changed, the
         # values did not.
-        context = _checked(
-            driver.cuGreenCtxCreate(description, self._device, 1), "cuGreenCtxCreate"
-        )
-        stream = _checked(driver.cuGreenCtxStreamCreate(context, 1, 0), "cuGreenCtxStreamCreate")
+        context = checked(api.cuGreenCtxCreate(description, self._device, 1), "cuGreenCtxCreate")
+        stream = checked(api.cuGreenCtxStreamCreate(context, 1, 0), "cuGreenCtxStreamCreate")
         self._contexts.append(context)
         return torch.cuda.ExternalStream(int(stream))
 
     def close(self) -> None:
         """Destroy the green contexts; no kernel may be running on them."""
-        from cuda.bindings import driver
-
+        api = driver()
         torch.cuda.synchronize()
         self._by_range.clear()
         for context in self._contexts:
-            _checked(driver.cuGreenCtxDestroy(context), "cuGreenCtxDestroy")
+            checked(api.cuGreenCtxDestroy(context), "cuGreenCtxDestroy")
         self._contexts.clear()

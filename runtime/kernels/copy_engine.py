@@ -39,7 +39,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .cuda_module import KernelError
+from ..cuda_driver import checked, driver
 from .registry import Received, register
 from .symmetric import SymmetricBuffer
 from .symmetric_all_reduce import add_received
@@ -91,7 +91,7 @@ class Inbox:
 
         Raises:
             ValueError: rows that do not fit the inbox.
-            KernelError: the driver refuses.
+            CudaDriverError: the driver refuses.
         """
         end = first_row + x_TD.shape[0]
         if x_TD.shape[1] != self.width or x_TD.dtype != self.dtype or end > self.num_rows:
@@ -164,22 +164,19 @@ def inbox_of(group: Mapping[str, Any], num_rows: int, width: int, dtype: torch.d
 @functools.cache
 def _flush_flag(device: int) -> int:
     """CU_STREAM_WAIT_VALUE_FLUSH where the device has it: remote writes are visible behind it."""
-    from cuda.bindings import driver
-
-    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES
-    error, value = driver.cuDeviceGetAttribute(attribute, device)
-    if int(error) != 0:
-        raise KernelError(f"asking whether remote writes can be flushed failed: {error}")
-    return int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_FLUSH) if value else 0
+    api = driver()
+    attribute = api.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES
+    value = checked(
+        api.cuDeviceGetAttribute(attribute, device), "asking whether remote writes can be flushed"
+    )
+    return int(api.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_FLUSH) if value else 0
 
 
 def _wait(address: int) -> Any:  # noqa: ANN401 - driver structure
-    from cuda.bindings import driver
-
-    kinds = driver.CUstreamBatchMemOpType
-    equal = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ)
-    operation = driver.CUstreamBatchMemOpParams()
-    operation.waitValue.operation = kinds.CU_STREAM_MEM_OP_WAIT_VALUE_32
+    api = driver()
+    equal = int(api.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ)
+    operation = api.CUstreamBatchMemOpParams()
+    operation.waitValue.operation = api.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WAIT_VALUE_32
     operation.waitValue.address = address
     operation.waitValue.value = 1
     operation.waitValue.flags = equal | _flush_flag(torch.cuda.current_device())
@@ -187,10 +184,9 @@ def _wait(address: int) -> Any:  # noqa: ANN401 - driver structure
 
 
 def _write(address: int, value: int) -> Any:  # noqa: ANN401 - driver structure
-    from cuda.bindings import driver
-
-    operation = driver.CUstreamBatchMemOpParams()
-    operation.writeValue.operation = driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WRITE_VALUE_32
+    api = driver()
+    operation = api.CUstreamBatchMemOpParams()
+    operation.writeValue.operation = api.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WRITE_VALUE_32
     operation.writeValue.address = address
     operation.writeValue.value = value
     operation.writeValue.flags = 0  # the default: behind a fence
@@ -199,21 +195,19 @@ def _write(address: int, value: int) -> Any:  # noqa: ANN401 - driver structure
 
 def _enqueue(operations: list[Any]) -> None:
     """Memory operations on the current stream, in their order."""
-    from cuda.bindings import driver
-
     stream = torch.cuda.current_stream().cuda_stream
-    (error,) = driver.cuStreamBatchMemOp(stream, len(operations), operations, 0)
-    if int(error) != 0:
-        raise KernelError(f"signals of a copy-engine exchange failed: {error}")
+    checked(
+        driver().cuStreamBatchMemOp(stream, len(operations), operations, 0),
+        "signals of a copy-engine exchange",
+    )
 
 
 def _copy(target: int, source: int, num_bytes: int) -> None:
-    from cuda.bindings import driver
-
     stream = torch.cuda.current_stream().cuda_stream
-    (error,) = driver.cuMemcpyAsync(target, source, num_bytes, stream)
-    if int(error) != 0:
-        raise KernelError(f"a peer copy of {num_bytes} bytes failed: {error}")
+    checked(
+        driver().cuMemcpyAsync(target, source, num_bytes, stream),
+        f"a peer copy of {num_bytes} bytes",
+    )
 
 
 @register("all_reduce", VARIANT, "cuda")
