@@ -105,6 +105,7 @@ def _encode(
     strides_bytes: tuple[int, ...],
     box: tuple[int, ...],
     swizzle_bytes: int,
+    l2_promotion_bytes: int,
 ) -> bytes:
     from cuda.bindings import driver
 
@@ -117,6 +118,12 @@ def _encode(
         64: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B,
         128: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
     }
+    promotions = {
+        0: driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_NONE,
+        64: driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_64B,
+        128: driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        256: driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+    }
     encoded = _checked(
         driver.cuTensorMapEncodeTiled(
             data_types[itemsize],
@@ -128,7 +135,7 @@ def _encode(
             [driver.cuuint32_t(1) for _ in sizes],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             swizzles[swizzle_bytes],
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            promotions[l2_promotion_bytes],
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         ),
         f"a tensor map of sizes {sizes}, strides {strides_bytes} bytes, box {box}",
@@ -142,6 +149,7 @@ def tensor_map(
     strides: Sequence[int],
     box: Sequence[int],
     swizzle_bytes: int = 128,
+    l2_promotion_bytes: int = 256,
 ) -> TensorMap:
     """A TMA view of a tensor's memory; elements outside are read as zero and never written.
 
@@ -151,6 +159,7 @@ def tensor_map(
         strides: of every dimension but the innermost, in elements; multiples of 16 bytes.
         box: extents of one copy, innermost first, at most 256 each.
         swizzle_bytes: 0, 64 or 128; the innermost box extent spans at most that many bytes.
+        l2_promotion_bytes: 0, 64, 128 or 256; what L2 fetches at least from memory.
     """
     size = tensor.element_size()
     encoded = _encode(
@@ -160,6 +169,7 @@ def tensor_map(
         tuple(stride * size for stride in strides),
         tuple(box),
         swizzle_bytes,
+        l2_promotion_bytes,
     )
     return TensorMap.from_buffer_copy(encoded)
 
