@@ -1,10 +1,11 @@
 """Paged GQA decode attention for Hopper: `cuda/decode_attention.cu` and its launch.
 
-Every warp copies pages by TMA into a ring of its own and computes on them; the pages of all (row,
-kv head) items are cut into equal ranges, one a warp of the share, and items that a cut divides are
-merged in a fixed order by the warp that ends last. The division is made on the device from
-`kv_lens_R`, so that a captured graph may be replayed with other lengths. Equal shares give equal
-bits; another share cuts elsewhere, so it rounds otherwise.
+Every warp copies pages by TMA into a ring of its own and computes on them. The pages of all rows
+are cut into equal ranges with a warp for each kv head, so that the heads of a page, neighbours in
+memory, are read at about the same time; items (row, kv head) that a cut divides are merged in a
+fixed order by the warp that ends last. The division is made on the device from `kv_lens_R`, so that
+a captured graph may be replayed with other lengths. Equal shares give equal bits; another share
+cuts elsewhere, so it rounds otherwise.
 
 Rows without keys are not written.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ _ALIGNMENT_BYTES = 1024
 _STAGE_RECORD_BYTES = 16 + 8
 _WARP_RECORD_BYTES = 2 * 32 * 4 + 2 * 2 * 4 + 4
 _HEADS_PER_TILE = 8
+_MAX_WARPS_OF_TWO_TILES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +45,26 @@ class DecodeTile:
     ring_bytes: int
     """Shared memory of a warp for keys and values on their way; at least two pages of each."""
     min_pages: int
-    """A warp gets at least this many pages of one kv head, so that few pages use fewer warps."""
+    """A range has at least this many pages of a kv head, so that few pages use fewer warps."""
     min_fragment_pages: int
     """A cut this near to an end of an item moves there; at most `min_pages`."""
     is_evict_first: bool
     """Keys and values leave the L2 cache before other data."""
+    block_shares_range: bool
+    """The kv heads of a range of pages are read by neighbouring warps, not neighbouring blocks."""
+    l2_promotion_bytes: int
+    """0, 64, 128 or 256: what a copy makes L2 fetch at least."""
+
+    def fitted(self, head_dim: int, group: int) -> DecodeTile:
+        """The tile for a head dimension and a number of query heads per kv head.
+
+        More than 8 query heads of dimension 128 take twice the registers for queries and outputs,
+        which more than 8 warps would spill: 8 warps divide the same shared memory.
+        """
+        most = _MAX_WARPS_OF_TWO_TILES
+        if head_dim <= 64 or group <= _HEADS_PER_TILE or self.num_warps <= most:
+            return self
+        return replace(self, num_warps=most, ring_bytes=self.ring_bytes * self.num_warps // most)
 
     def num_stages(self, head_dim: int) -> int:
         """Pages in a warp's ring."""
@@ -62,13 +79,19 @@ class DecodeTile:
 
 
 DECODE_TILE = DecodeTile(
-    num_warps=8, ring_bytes=24 << 10, min_pages=8, min_fragment_pages=4, is_evict_first=True
+    num_warps=12,
+    ring_bytes=16 << 10,
+    min_pages=8,
+    min_fragment_pages=4,
+    is_evict_first=True,
+    block_shares_range=True,
+    l2_promotion_bytes=256,
 )
 
 
 @functools.cache
 def decode_kernel(tile: DecodeTile, head_dim: int, group: int) -> CudaKernel:
-    """The kernel for a head dimension and a number of query heads per kv head.
+    """The kernel of a tile that is fitted to a head dimension and group of query heads.
 
     Raises:
         ValueError: the tile does not fit an SM.
@@ -90,6 +113,7 @@ def decode_kernel(tile: DecodeTile, head_dim: int, group: int) -> CudaKernel:
             "MIN_PAGES": tile.min_pages,
             "MIN_FRAGMENT": tile.min_fragment_pages,
             "EVICT_FIRST": int(tile.is_evict_first),
+            "BLOCK_SHARES_RANGE": int(tile.block_shares_range),
         },
     )
 
@@ -135,7 +159,7 @@ def _workspace(num_workers: int, floats: int) -> _Workspace:
     return workspace
 
 
-def _pool_map(pages_PGBH: Tensor) -> TensorMap:
+def _pool_map(pages_PGBH: Tensor, l2_promotion_bytes: int) -> TensorMap:
     """Boxes of one page and kv head: halves of 64 columns, 16 rows of 128 bytes each."""
     num_pages, num_kv_heads, page_size, head_dim = pages_PGBH.shape
     halves = head_dim // _SWIZZLED_COLUMNS
@@ -144,6 +168,7 @@ def _pool_map(pages_PGBH: Tensor) -> TensorMap:
         sizes=(_SWIZZLED_COLUMNS, page_size, halves, num_pages * num_kv_heads),
         strides=(head_dim, _SWIZZLED_COLUMNS, page_size * head_dim),
         box=(_SWIZZLED_COLUMNS, page_size, halves, 1),
+        l2_promotion_bytes=l2_promotion_bytes,
     )
 
 
@@ -214,6 +239,7 @@ def launch_decode(
         return
     _check(qkv_TC, k_pages_PGBH, v_pages_PGBH, rows, out_TQ, heads)
     head_dim, group = heads.head_dim, heads.num_qo_heads // heads.num_kv_heads
+    tile = tile.fitted(head_dim, group)
     kernel = decode_kernel(tile, head_dim, group)
     max_rows = tile.num_warps * tile.ring_bytes // 4 - 1
     if rows.num_rows > max_rows:
@@ -227,8 +253,8 @@ def launch_decode(
         32 * tile.num_warps,
         tile.shared_bytes(head_dim),
         [
-            _pool_map(k_pages_PGBH),
-            _pool_map(v_pages_PGBH),
+            _pool_map(k_pages_PGBH, tile.l2_promotion_bytes),
+            _pool_map(v_pages_PGBH, tile.l2_promotion_bytes),
             qkv_TC,
             out_TQ,
             rows.row_ids_R,
@@ -243,6 +269,7 @@ def launch_decode(
             ctypes.c_int(out_TQ.stride(0)),
             ctypes.c_float(_LOG2_E / math.sqrt(head_dim)),
         ],
+        overlaps_previous=True,
     )
 
 

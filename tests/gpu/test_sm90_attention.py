@@ -157,7 +157,8 @@ def test_many_short_rows(num_rows):
     [
         {"num_warps": 4, "ring_bytes": 48 << 10},
         {"num_warps": 7, "ring_bytes": 32 << 10, "is_evict_first": False},
-        {"num_warps": 12, "ring_bytes": 16 << 10, "min_pages": 2, "min_fragment_pages": 1},
+        {"min_pages": 2, "min_fragment_pages": 1, "l2_promotion_bytes": 0},
+        {"block_shares_range": False, "l2_promotion_bytes": 128},
     ],
     ids=str,
 )
@@ -167,6 +168,15 @@ def test_other_tiles_agree(head_dim, change):
     heads = HeadShape(num_qo_heads=16, num_kv_heads=2, head_dim=head_dim)
     operands, rows, reference = poisoned_operands([3000, 1, 500, 16, 1023], heads)
     run(operands, 24, tile=replace(DECODE_TILE, **change))
+    assert_rows(operands[4], rows, reference)
+
+
+def test_more_kv_heads_than_warps_share_lists():
+    from nanoflow_tune.runtime.kernels.sm90_attention import DECODE_TILE
+
+    heads = HeadShape(num_qo_heads=24, num_kv_heads=12, head_dim=64)
+    operands, rows, reference = poisoned_operands([300, 1, 16, 77], heads)
+    run(operands, 1, tile=replace(DECODE_TILE, num_warps=8))
     assert_rows(operands[4], rows, reference)
 
 

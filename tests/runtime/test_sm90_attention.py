@@ -11,8 +11,9 @@ import re
 import shutil
 import subprocess
 from bisect import bisect_right
+from collections import Counter
 from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 
 import pytest
@@ -34,12 +35,12 @@ REGISTERS_OF_AN_SM = 65536
 SHARED_BYTES_OF_A_BLOCK = 227 << 10
 
 
-@pytest.mark.parametrize("group", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("group", [1, 2, 4, 8, 9, 16])
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("is_evict_first", [False, True])
-def test_every_variant_compiles_without_spills_and_fits_an_sm(head_dim, group, is_evict_first):
+@pytest.mark.parametrize("change", [{}, {"is_evict_first": False}, {"block_shares_range": False}])
+def test_every_variant_compiles_without_spills_and_fits_an_sm(head_dim, group, change):
     pytest.importorskip("cuda.bindings.nvrtc")
-    tile = replace(DECODE_TILE, is_evict_first=is_evict_first)
+    tile = replace(DECODE_TILE, **change).fitted(head_dim, group)
     try:
         log = decode_kernel(tile, head_dim, group).compile().log
     except RuntimeError as err:
@@ -54,11 +55,16 @@ def test_every_variant_compiles_without_spills_and_fits_an_sm(head_dim, group, i
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize(
-    ("head_dim", "group", "num_warps", "stages", "min_pages", "min_fragment"),
-    [(128, 8, 2, 2, 2, 1), (128, 4, 8, 3, 8, 4), (64, 1, 3, 3, 1, 1), (64, 11, 2, 6, 4, 4)],
+    ("head_dim", "group", "num_warps", "stages", "min_pages", "min_fragment", "shares_range"),
+    [
+        (128, 8, 2, 2, 2, 1, 1),
+        (128, 4, 12, 2, 8, 4, 1),
+        (64, 1, 3, 3, 1, 1, 0),
+        (64, 11, 2, 6, 4, 4, 1),
+    ],
 )
 def test_the_source_run_on_a_cpu_matches_float64_in_any_order_of_blocks(
-    tmp_path, head_dim, group, num_warps, stages, min_pages, min_fragment
+    tmp_path, head_dim, group, num_warps, stages, min_pages, min_fragment, shares_range
 ):
     macros = {
         "HEAD_DIM": head_dim,
@@ -68,6 +74,7 @@ def test_the_source_run_on_a_cpu_matches_float64_in_any_order_of_blocks(
         "MIN_PAGES": min_pages,
         "MIN_FRAGMENT": min_fragment,
         "EVICT_FIRST": 1,
+        "BLOCK_SHARES_RANGE": shares_range,
     }
     sources = (CUDA_SOURCES / "decode_attention.cu", CUDA_ON_CPU / "decode_attention.cpp")
     program = tmp_path / "decode_attention"
@@ -89,18 +96,25 @@ def test_the_source_run_on_a_cpu_matches_float64_in_any_order_of_blocks(
 
 
 class Division:
-    """The flat list of pages of (request, kv head) items, cut as the kernel cuts it."""
+    """The lists of pages, each of some kv heads of all requests, cut as the kernel cuts them."""
 
     def __init__(self, page_counts, num_kv_heads, max_workers, min_pages, min_fragment):
-        self.items = [pages for pages in page_counts for _ in range(num_kv_heads)]
+        self.num_kv_heads, self.max_workers = num_kv_heads, max_workers
+        self.abreast = max(
+            heads
+            for heads in range(1, min(num_kv_heads, max_workers) + 1)
+            if not num_kv_heads % heads
+        )
+        self.list_heads = num_kv_heads // self.abreast
+        self.items = [pages for pages in page_counts for _ in range(self.list_heads)]
         self.item_starts = [0, *accumulate(self.items)]
         self.total = self.item_starts[-1]
-        self.num_workers = min(max_workers, max(1, self.total // min_pages))
+        self.num_ranges = min(max_workers // self.abreast, max(1, self.total // min_pages))
         self.min_fragment = min_fragment
-        self.starts = [self.range_start(worker) for worker in range(self.num_workers + 1)]
+        self.starts = [self.range_start(index) for index in range(self.num_ranges + 1)]
 
-    def range_start(self, worker):
-        flat = self.total * worker // self.num_workers
+    def range_start(self, index):
+        flat = self.total * index // self.num_ranges
         if flat >= self.total:
             return self.total
         item = bisect_right(self.item_starts, flat) - 1
@@ -110,24 +124,24 @@ class Division:
         return flat + after if after < self.min_fragment else flat
 
     def cuts_below(self, flat):
-        return (flat * self.num_workers + self.total - 1) // self.total
+        return (flat * self.num_ranges + self.total - 1) // self.total
 
-    def parts(self, worker):
-        """(item, first page, end page) in flat pages of the worker's parts."""
-        begin, end = self.starts[worker], self.starts[worker + 1]
+    def parts(self, index):
+        """(item, first page, end page) in pages of the list, of the range's parts."""
+        begin, end = self.starts[index], self.starts[index + 1]
         while begin < end:
             item = bisect_right(self.item_starts, begin) - 1
             stop = min(end, self.item_starts[item + 1])
             yield item, begin, stop
             begin = stop
 
-    def merged_by(self, worker, item):
-        """First and last worker of an item, as a worker that holds a part of it computes them."""
+    def merged_by(self, index, item):
+        """First and last range of an item, as a worker that holds a part of it computes them."""
         begin, end = self.item_starts[item : item + 2]
-        first = last = worker
-        if begin < self.starts[worker]:
+        first = last = index
+        if begin < self.starts[index]:
             first = self.cuts_below(begin + self.min_fragment) - 1
-        if end > self.starts[worker + 1]:
+        if end > self.starts[index + 1]:
             last = self.cuts_below(end - self.min_fragment + 1) - 1
         return first, last
 
@@ -141,8 +155,8 @@ def divisions(count=300):
         if sum(page_counts):
             yield Division(
                 page_counts,
-                num_kv_heads=draw.choice([1, 3, 8]),
-                max_workers=draw.choice([1, 2, 24, 64, 256, 1056]),
+                num_kv_heads=draw.choice([1, 2, 3, 4, 8, 10]),
+                max_workers=draw.choice([1, 2, 6, 24, 64, 96, 384, 1584]),
                 min_pages=draw.randint(min_fragment, 8),
                 min_fragment=min_fragment,
             )
@@ -152,42 +166,99 @@ def test_ranges_cover_every_page_once_and_are_even():
     for division in divisions():
         assert division.starts[0] == 0
         assert division.starts[-1] == division.total
-        share = division.total / division.num_workers
+        share = division.total / division.num_ranges
         for begin, end in pairwise(division.starts):
             assert 0 <= end - begin <= share + 1 + 2 * (division.min_fragment - 1)
 
 
+def test_lists_cover_every_head_once():
+    for division in divisions():
+        heads = [
+            head * division.abreast + index
+            for index in range(division.abreast)
+            for head in range(division.list_heads)
+        ]
+        assert sorted(heads) == list(range(division.num_kv_heads))
+
+
+def test_many_pages_leave_fewer_workers_idle_than_there_are_heads():
+    for num_kv_heads in (1, 2, 3, 4, 5, 8, 10):
+        for max_workers in (12, 96, 192, 384, 1584):
+            division = Division([40000], num_kv_heads, max_workers, 8, 4)
+            assert division.list_heads == 1
+            assert 0 <= max_workers - division.num_ranges * num_kv_heads < num_kv_heads
+
+
 def test_no_part_of_a_cut_item_is_shorter_than_a_fragment():
     for division in divisions():
-        for worker in range(division.num_workers):
-            for item, begin, end in division.parts(worker):
+        for index in range(division.num_ranges):
+            for item, begin, end in division.parts(index):
                 assert end - begin == division.items[item] or end - begin >= division.min_fragment
 
 
 def test_all_workers_of_a_cut_item_agree_on_who_they_are():
     for division in divisions():
         holders = {}
-        for worker in range(division.num_workers):
-            for item, _, _ in division.parts(worker):
-                holders.setdefault(item, []).append(worker)
-        for item, workers in holders.items():
-            assert workers == list(range(workers[0], workers[-1] + 1))
-            for worker in workers:
-                assert division.merged_by(worker, item) == (workers[0], workers[-1])
+        for index in range(division.num_ranges):
+            for item, _, _ in division.parts(index):
+                holders.setdefault(item, []).append(index)
+        for item, ranges in holders.items():
+            assert ranges == list(range(ranges[0], ranges[-1] + 1))
+            for index in ranges:
+                assert division.merged_by(index, item) == (ranges[0], ranges[-1])
 
 
 def test_no_two_parts_share_a_place_in_the_workspace_or_a_counter():
     for division in divisions():
         places, counters = set(), {}
-        for worker in range(division.num_workers):
-            for item, begin, end in division.parts(worker):
+        for index, each in product(range(division.num_ranges), range(division.abreast)):
+            for item, begin, end in division.parts(index):
                 if end - begin == division.items[item]:
                     continue
-                first, _ = division.merged_by(worker, item)
-                place = 2 * worker + (worker == first)
+                first, _ = division.merged_by(index, item)
+                place = 2 * (index * division.abreast + each) + (index == first)
+                assert place < 2 * division.max_workers
                 assert place not in places
                 places.add(place)
-                assert counters.setdefault(first, item) == item
+                counter = first * division.abreast + each
+                assert counters.setdefault(counter, (item, each)) == (item, each)
+
+
+def warps_of_workers(num_workers, num_blocks, num_warps, *, block_shares_range):
+    """(block, warp) of every worker, as `worker_of` places them."""
+    places = {}
+    for block, warp in product(range(num_blocks), range(num_warps)):
+        first, end = (number * num_workers // num_blocks for number in (block, block + 1))
+        worker = first + warp if block_shares_range else warp * num_blocks + block
+        if worker < (end if block_shares_range else num_workers):
+            assert worker not in places
+            places[worker] = (block, warp)
+    assert sorted(places) == list(range(num_workers))
+    return places
+
+
+@pytest.mark.parametrize("block_shares_range", [True, False])
+@pytest.mark.parametrize("abreast", [1, 4, 8])
+@pytest.mark.parametrize("num_blocks", [8, 16, 132])
+def test_workers_spread_evenly_and_those_of_a_range_are_neighbours(
+    num_blocks, abreast, block_shares_range
+):
+    num_warps = DECODE_TILE.num_warps
+    most = num_blocks * num_warps // abreast
+    for num_ranges in {1, 2, most // 3, most - 1, most}:
+        places = warps_of_workers(
+            num_ranges * abreast, num_blocks, num_warps, block_shares_range=block_shares_range
+        )
+        loads = Counter(block for block, _ in places.values())
+        share = num_ranges * abreast / num_blocks
+        assert max(loads.values()) <= share + 1
+        for first in range(0, num_ranges * abreast, abreast):
+            blocks = [places[worker][0] for worker in range(first, first + abreast)]
+            if not block_shares_range:
+                steps = {(after - before) % num_blocks for before, after in pairwise(blocks)}
+                assert steps <= {1}
+            elif share >= abreast:
+                assert blocks[-1] - blocks[0] <= 1
 
 
 # ---- what is refused ----------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 // Paged GQA decode attention for Hopper: every warp is a pipeline of its own.
 //
-// The pages of all (request, kv head) items form one flat list, kv heads fastest. It is cut into
-// equal ranges, one a worker; a worker is one warp, which copies its pages by TMA into a private
-// ring of stages in shared memory, computes on the oldest and reuses its stage. No warp waits for
-// another: one that ends an item delays nobody, and nothing spins (a waiting warp is suspended).
+// The heads of a page lie side by side in memory, so they are read side by side: each kv head has a
+// list of its own, the pages of all requests in a row. All lists are cut alike into equal ranges,
+// and the workers of one range, a head each, start together at neighbouring addresses. A worker is
+// one warp, which copies its pages by TMA into a private ring of stages in shared memory, computes
+// on the oldest and reuses its stage. No warp waits for another: one that ends an item (the keys of
+// a request and head) delays nobody, and nothing spins (a waiting warp is suspended).
 //
 // A page is computed with keys as rows and the query heads of the kv head as columns, so that a
 // group of 8 heads fills a tensor-core tile: S^T = K Q^T, then O^T = V^T P^T. The softmax is in
@@ -11,11 +13,12 @@
 // reference by LAZY_LOG2, which costs one vote a page and no reduction over lanes.
 //
 // An item that several workers share is left in fp32 partials; the last of them to arrive merges
-// all in the order of the workers. Nobody waits, so that any number of blocks may be resident.
+// all in the order of the ranges. Nobody waits, so that any number of blocks may be resident.
 //
 // Macros: HEAD_DIM (64, 128), GROUP (query heads of a kv head, 1 to 16), WARPS, STAGES (of a warp),
-// MIN_PAGES (least pages of a worker), MIN_FRAGMENT (least pages of a part of an item, at most
-// MIN_PAGES), EVICT_FIRST (0, 1: L2 policy of keys and values).
+// MIN_PAGES (least pages of a range), MIN_FRAGMENT (least pages of a part of an item, at most
+// MIN_PAGES), EVICT_FIRST (0, 1: L2 policy of keys and values), BLOCK_SHARES_RANGE (1: the workers
+// of a range are neighbouring warps, 0: warps of neighbouring blocks).
 
 #include "warp_mma.cuh"
 
@@ -41,7 +44,6 @@ static_assert(MIN_FRAGMENT >= 1 && MIN_FRAGMENT <= MIN_PAGES, "a range may not s
 #include "decode_softmax.cuh"
 #include "decode_work.cuh"
 
-// Worker w of block b is w x blocks + b: few workers still spread over all blocks.
 // partials: WORK_CELLS float4 for each of 2 x workers (an item begun before the worker's range, and
 // one that goes on after it); arrivals: a zero for each worker, zero again when the kernel ends.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -51,6 +53,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                      float4* partials, int* arrivals, int num_rows, int num_kv_heads,
                      int table_stride, int qkv_stride, int out_stride, float scale) {
   extern __shared__ unsigned char shared[];
+  allow_next_kernel();
   // The ring needs 1024-byte alignment for the swizzle; the host adds the slack.
   unsigned char* ring = shared + (1024 - shared_address(shared) % 1024) % 1024;
   // What is in a stage: row, kv head, page of the item, kv_len.
@@ -61,7 +64,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   int* starts = reinterpret_cast<int*>(ring);  // until the first copies
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Requests requests = {kv_lens, row_ids, page_table, table_stride, num_rows, num_kv_heads};
+  const int max_workers = gridDim.x * WARPS;
+  const int abreast = heads_abreast(num_kv_heads, max_workers);
+  const Requests requests = {kv_lens,      row_ids,  page_table,
+                             table_stride, num_rows, num_kv_heads / abreast};
   records += warp * STAGES;
   ahead += warp;
   const uint32 barrier = shared_address(barriers + warp * STAGES);
@@ -72,14 +78,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     prefetch_tensor_map(&v_map);
   }
 
-  const int total = sum_pages(starts, warp_sums, requests) * num_kv_heads;
-  const int num_workers = min(static_cast<int>(gridDim.x) * WARPS, max(1, total / MIN_PAGES));
-  const int worker = warp * gridDim.x + blockIdx.x;
+  wait_for_previous_kernel();
+  const int total = sum_pages(starts, warp_sums, requests) * requests.list_heads;
+  const int num_ranges = min(max_workers / abreast, max(1, total / MIN_PAGES));
+  const int worker = worker_of(warp, num_ranges * abreast);
+  const int range = worker / abreast, list = worker % abreast;
   int begin = 0, end = 0;
   Position at = {0, 0, 0, 0};
-  if (worker < num_workers && total > 0) {
-    begin = range_start(starts, requests, worker, num_workers, total, lane);
-    end = range_start(starts, requests, worker + 1, num_workers, total, lane);
+  if (worker >= 0 && total > 0) {
+    begin = range_start(starts, requests, range, num_ranges, total, lane);
+    end = range_start(starts, requests, range + 1, num_ranges, total, lane);
     if (begin < end) at = locate(starts, requests, begin, lane);
   }
   // The copies must see the barriers, and overwrite `starts` after its last reader.
@@ -109,9 +117,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       taken = 0;
     }
     if (lane == 0) {
-      records[stage] = {current.row, current.head, current.page + taken, current.kv_len};
+      const int head = current.head * abreast + list;
+      records[stage] = {current.row, head, current.page + taken, current.kv_len};
       const uint32 target = stages + stage * STAGE_BYTES, full = barrier + stage * 8;
-      const int block = ahead->numbers[half][taken] * num_kv_heads + current.head;
+      const int block = ahead->numbers[half][taken] * num_kv_heads + head;
       mbarrier_arrive_expect_bytes(full, STAGE_BYTES);
       tma_load_block(target, &k_map, full, block, policy);
       tma_load_block(target + TILE_BYTES, &v_map, full, block, policy);
@@ -154,24 +163,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     bool is_whole = true;
     if (item_begin < begin || item_end > end) {
       // Cuts of the item that did not move to its ends lie MIN_FRAGMENT pages or more within.
-      int first = worker, last = worker;
+      int first = range, last = range;
       if (item_begin < begin)
-        first = cuts_below(item_begin + MIN_FRAGMENT, num_workers, total) - 1;
+        first = cuts_below(item_begin + MIN_FRAGMENT, num_ranges, total) - 1;
       if (item_end > end)
-        last = cuts_below(item_end - MIN_FRAGMENT + 1, num_workers, total) - 1;
-      // The item goes on after worker `first`, and began before the others.
-      attention.store_partial(partials + (2ll * worker + (worker == first)) * WORK_CELLS, lane);
+        last = cuts_below(item_end - MIN_FRAGMENT + 1, num_ranges, total) - 1;
+      // The item goes on after range `first`, and began before the others.
+      auto partial_of = [&](int other) {
+        return partials + (2ll * (other * abreast + list) + (other == first)) * WORK_CELLS;
+      };
+      int* arrived_count = arrivals + first * abreast + list;
+      attention.store_partial(partial_of(range), lane);
       __threadfence();
       __syncwarp();
       int arrived = 0;
-      if (lane == 0) arrived = atomicAdd(arrivals + first, 1);
+      if (lane == 0) arrived = atomicAdd(arrived_count, 1);
       is_whole = __shfl_sync(ALL, arrived, 0) == last - first;
       if (is_whole) {
         __threadfence();
         attention.clear();
         for (int other = first; other <= last; ++other)
-          attention.add_partial(partials + (2ll * other + (other == first)) * WORK_CELLS, lane);
-        if (lane == 0) arrivals[first] = 0;
+          attention.add_partial(partial_of(other), lane);
+        if (lane == 0) *arrived_count = 0;
       }
     }
     if (is_whole) {

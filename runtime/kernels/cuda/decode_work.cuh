@@ -1,4 +1,4 @@
-// How decode_attention.cu divides its work: the flat list of pages, its cuts, a worker's walk.
+// How decode_attention.cu divides its work: the lists of pages, their cuts, a worker's walk.
 // Included by it after its constants.
 #pragma once
 
@@ -8,8 +8,24 @@ struct Requests {
   const int* page_table;
   int table_stride;
   int num_rows;
-  int num_kv_heads;
+  int list_heads;  // kv heads of a list
 };
+
+// Lists of pages, one a worker of a range. With fewer workers than heads a list holds several, the
+// heads of a request after each other: head h of list l is kv head h x abreast + l.
+__device__ __forceinline__ int heads_abreast(int num_kv_heads, int max_workers) {
+  int abreast = min(num_kv_heads, max_workers);
+  while (num_kv_heads % abreast != 0) --abreast;
+  return abreast;
+}
+
+// The worker that this warp is, or -1. Few workers still spread over all blocks.
+__device__ __forceinline__ int worker_of(int warp, int num_workers) {
+  const int block = blockIdx.x, blocks = gridDim.x;
+  const int first = block * num_workers / blocks, end = (block + 1) * num_workers / blocks;
+  const int worker = BLOCK_SHARES_RANGE ? first + warp : warp * blocks + block;
+  return worker < (BLOCK_SHARES_RANGE ? end : num_workers) ? worker : -1;
+}
 
 __device__ __forceinline__ int num_pages(int kv_len) { return (kv_len + PAGE - 1) / PAGE; }
 
@@ -55,28 +71,27 @@ struct Position {
   int pages;  // of the item
 };
 
-// Where page `flat` of the flat list is; warp-wide, 32 probes a round.
+// Where page `flat` of a list is; warp-wide, 32 probes a round.
 __device__ __forceinline__ Position locate(const int* starts, const Requests& requests, int flat,
                                            int lane) {
   int low = 0, span = requests.num_rows;
   while (span > 1) {
     const int step = (span + 31) / 32, probe = lane * step;
-    const bool is_at_or_before =
-        probe < span && starts[low + probe] * requests.num_kv_heads <= flat;
+    const bool is_at_or_before = probe < span && starts[low + probe] * requests.list_heads <= flat;
     const int last = __popc(__ballot_sync(ALL, is_at_or_before)) - 1;
     low += last * step;
     span = min(step, span - last * step);
   }
   const int pages = starts[low + 1] - starts[low];
-  const int within = flat - starts[low] * requests.num_kv_heads;
+  const int within = flat - starts[low] * requests.list_heads;
   return {low, within / pages, within % pages, pages};
 }
 
-// First page of worker `worker`: an equal share of all, but no cut leaves a part of an item of
+// First page of range `range`: an equal share of a list, but no cut leaves a part of an item of
 // fewer than MIN_FRAGMENT pages.
-__device__ __forceinline__ int range_start(const int* starts, const Requests& requests, int worker,
-                                           int num_workers, int total, int lane) {
-  const int flat = static_cast<int>(static_cast<uint64>(total) * worker / num_workers);
+__device__ __forceinline__ int range_start(const int* starts, const Requests& requests, int range,
+                                           int num_ranges, int total, int lane) {
+  const int flat = static_cast<int>(static_cast<uint64>(total) * range / num_ranges);
   if (flat >= total) return total;
   const Position at = locate(starts, requests, flat, lane);
   if (at.page < MIN_FRAGMENT) return flat - at.page;
@@ -84,9 +99,9 @@ __device__ __forceinline__ int range_start(const int* starts, const Requests& re
   return flat;
 }
 
-// How many workers' cuts, before they move, are below page `flat`: cut v is total v / num_workers.
-__device__ __forceinline__ int cuts_below(int flat, int num_workers, int total) {
-  return static_cast<int>((static_cast<uint64>(flat) * num_workers + total - 1) / total);
+// How many ranges' cuts, before they move, are below page `flat`: cut v is total v / num_ranges.
+__device__ __forceinline__ int cuts_below(int flat, int num_ranges, int total) {
+  return static_cast<int>((static_cast<uint64>(flat) * num_ranges + total - 1) / total);
 }
 
 // Up to 32 consecutive pages of one item.
@@ -101,7 +116,7 @@ struct Ahead {
   int next[2][2];
 };
 
-// Hands out a worker's range.
+// Hands out a worker's range; `head` counts within the list.
 struct Walk {
   int request, head, page;
   int kv_len, row;
@@ -127,7 +142,7 @@ struct Walk {
     left -= taken.count;
     if (page == pages && left > 0) {
       page = 0;
-      if (++head == requests.num_kv_heads) {
+      if (++head == requests.list_heads) {
         head = 0;
         ++request;
         kv_len = ahead->next[request % 2][0];

@@ -25,7 +25,7 @@ struct Batch {
   explicit Batch(int seed) {
     draw.seed(seed);
     rows = 1 + draw() % (seed % 3 == 0 ? 3 : seed % 3 == 1 ? 20 : 70);
-    kv_heads = 1 + draw() % 4;
+    kv_heads = 1 + draw() % (seed % 4 == 3 ? 8 : 4);
     blocks = seed % 5 == 4 ? 20 : 1 + draw() % 5;
     const int kind = draw() % 5;
     int pages = 0, longest = 1;

@@ -247,6 +247,8 @@ inline void mbarrier_wait(uint32 address, uint32 parity) {
 inline void fence_mbarrier_init() {}
 inline void fence_async_shared() {}
 inline void prefetch_tensor_map(const TensorMap*) {}
+inline void wait_for_previous_kernel() {}
+inline void allow_next_kernel() {}
 inline uint32 pack_bf16(float low, float high) {
   return cpu::to_bf16(low) | static_cast<uint32>(cpu::to_bf16(high)) << 16;
 }
