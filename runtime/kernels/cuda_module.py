@@ -1,11 +1,8 @@
-"""CUDA C++ kernels without a compiler on the user's machine: NVRTC, tensor maps, launches.
+"""Loads and launches the CUDA C++ kernels of `cuda/`, and makes tensor maps for TMA.
 
-A kernel is a `.cu` file in `cuda/` plus macro definitions. `compile_cubin` needs no GPU, so that a
-machine without one can check that every variant compiles and spills nothing. `CudaKernel` loads the
-cubin into the current context on first use and launches it on torch's current stream; arguments are
-ctypes scalars, tensors (their address) and `TensorMap`s (by value, for TMA).
-
-NVRTC and the driver come through `cuda.bindings`; torch's CUDA wheels bring the NVRTC library.
+`CudaKernel` compiles a kernel (`cubin.py`) and loads it into the current context on first use; it
+launches on torch's current stream. Arguments are ctypes scalars, tensors (their address) and
+`TensorMap`s (by value).
 """
 
 from __future__ import annotations
@@ -13,82 +10,15 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ARCHITECTURE = "sm_90a"
-"""Hopper with wgmma and setmaxnreg."""
-_SOURCES = Path(__file__).parent / "cuda"
+from ..cuda_driver import checked, driver
+from .cubin import Cubin, compile_cubin
+
 _MAX_STATIC_SHARED_BYTES = 48 << 10
-
-
-class KernelError(RuntimeError):
-    """A CUDA kernel does not compile, load or launch."""
-
-
-def _checked(result: tuple[Any, ...], what: str) -> Any:  # noqa: ANN401 - driver handles
-    error, *values = result
-    if int(error) != 0:
-        raise KernelError(f"{what} failed: {error}")
-    return values[0] if len(values) == 1 else tuple(values)
-
-
-@dataclass(frozen=True, slots=True)
-class Cubin:
-    """Machine code of one kernel and what the assembler said (registers, spills)."""
-
-    code: bytes
-    log: str
-
-
-@functools.cache
-def compile_cubin(
-    file: str,
-    definitions: tuple[tuple[str, str | int], ...],
-    generated: tuple[tuple[str, str], ...] = (),
-) -> Cubin:
-    """Compile `cuda/<file>` for Hopper; needs no GPU.
-
-    Args:
-        file: a `.cu` file.
-        definitions: macros.
-        generated: names and texts of headers that are not files.
-
-    Raises:
-        KernelError: the source does not compile; the message is the compiler's.
-    """
-    from cuda.bindings import nvrtc
-
-    headers = {header.name: header.read_text() for header in sorted(_SOURCES.glob("*.cuh"))}
-    headers.update(generated)
-    program = _checked(
-        nvrtc.nvrtcCreateProgram(
-            (_SOURCES / file).read_bytes(),
-            file.encode(),
-            len(headers),
-            [text.encode() for text in headers.values()],
-            [name.encode() for name in headers],
-        ),
-        f"reading {file}",
-    )
-    options = [f"-arch={ARCHITECTURE}", "-std=c++17", "--ptxas-options=-v"]
-    options += [f"-D{name}={value}" for name, value in definitions]
-    error = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])[0]
-    size = _checked(nvrtc.nvrtcGetProgramLogSize(program), "reading the compiler's log")
-    log = b" " * size
-    _checked(nvrtc.nvrtcGetProgramLog(program, log), "reading the compiler's log")
-    text = log.rstrip(b"\0 ").decode(errors="replace")
-    if int(error) != 0:
-        raise KernelError(f"{file} with {dict(definitions)} does not compile:\n{text}")
-    size = _checked(nvrtc.nvrtcGetCUBINSize(program), "reading the machine code")
-    code = b" " * size
-    _checked(nvrtc.nvrtcGetCUBIN(program, code), "reading the machine code")
-    nvrtc.nvrtcDestroyProgram(program)
-    return Cubin(code, text)
 
 
 class TensorMap(ctypes.Structure):
@@ -107,36 +37,35 @@ def _encode(
     swizzle_bytes: int,
     l2_promotion_bytes: int,
 ) -> bytes:
-    from cuda.bindings import driver
-
+    api = driver()
     data_types = {
-        2: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        4: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+        2: api.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        4: api.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
     }
     swizzles = {
-        0: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE,
-        64: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B,
-        128: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        0: api.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE,
+        64: api.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B,
+        128: api.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
     }
     promotions = {
-        0: driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_NONE,
-        64: driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_64B,
-        128: driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-        256: driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        0: api.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_NONE,
+        64: api.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_64B,
+        128: api.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        256: api.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
     }
-    encoded = _checked(
-        driver.cuTensorMapEncodeTiled(
+    encoded = checked(
+        api.cuTensorMapEncodeTiled(
             data_types[itemsize],
             len(sizes),
             address,
-            [driver.cuuint64_t(size) for size in sizes],
-            [driver.cuuint64_t(stride) for stride in strides_bytes],
-            [driver.cuuint32_t(size) for size in box],
-            [driver.cuuint32_t(1) for _ in sizes],
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            [api.cuuint64_t(size) for size in sizes],
+            [api.cuuint64_t(stride) for stride in strides_bytes],
+            [api.cuuint32_t(size) for size in box],
+            [api.cuuint32_t(1) for _ in sizes],
+            api.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             swizzles[swizzle_bytes],
             promotions[l2_promotion_bytes],
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            api.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         ),
         f"a tensor map of sizes {sizes}, strides {strides_bytes} bytes, box {box}",
     )
@@ -194,23 +123,22 @@ class CudaKernel:
         return compile_cubin(self._file, self._definitions, self._headers)
 
     def _function(self, shared_bytes: int) -> Any:  # noqa: ANN401 - driver handle
-        from cuda.bindings import driver
-
+        api = driver()
         device = torch.cuda.current_device()
         if device not in self._functions:
-            library = _checked(
-                driver.cuLibraryLoadData(self.compile().code, [], [], 0, [], [], 0),
+            library = checked(
+                api.cuLibraryLoadData(self.compile().code, [], [], 0, [], [], 0),
                 f"loading {self._file}",
             )
-            kernel = _checked(
-                driver.cuLibraryGetKernel(library, self._name.encode()), f"finding {self._name}"
+            kernel = checked(
+                api.cuLibraryGetKernel(library, self._name.encode()), f"finding {self._name}"
             )
             # The function of the primary context also runs in green contexts' streams.
-            function = _checked(driver.cuKernelGetFunction(kernel), f"finding {self._name}")
-            limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            function = checked(api.cuKernelGetFunction(kernel), f"finding {self._name}")
+            limit = api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             if shared_bytes > _MAX_STATIC_SHARED_BYTES:
-                _checked(
-                    driver.cuFuncSetAttribute(function, limit, shared_bytes),
+                checked(
+                    api.cuFuncSetAttribute(function, limit, shared_bytes),
                     f"{shared_bytes} bytes of shared memory for {self._name}",
                 )
             self._functions[device] = function
@@ -238,10 +166,9 @@ class CudaKernel:
                 only for kernels that call `wait_for_previous_kernel`.
 
         Raises:
-            KernelError: the driver refuses.
+            CudaDriverError: the driver refuses.
         """
-        from cuda.bindings import driver
-
+        api = driver()
         torch.cuda.current_stream()  # makes the primary context current on this thread
         function = self._function(shared_bytes)
         values = [
@@ -249,29 +176,29 @@ class CudaKernel:
             for value in arguments
         ]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        config = driver.CUlaunchConfig()
+        config = api.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = num_threads, 1, 1
         config.sharedMemBytes = shared_bytes
         config.hStream = torch.cuda.current_stream().cuda_stream
         attributes: list[Any] = []
         if cluster > 1:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            attribute = api.CUlaunchAttribute()
+            attribute.id = api.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
             attribute.value.clusterDim.x = cluster
             attribute.value.clusterDim.y = 1
             attribute.value.clusterDim.z = 1
             attributes.append(attribute)
         if overlaps_previous:
-            attribute = driver.CUlaunchAttribute()
-            ids = driver.CUlaunchAttributeID
+            attribute = api.CUlaunchAttribute()
+            ids = api.CUlaunchAttributeID
             attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
             attributes.append(attribute)
         if attributes:
             config.attrs, config.numAttrs = attributes, len(attributes)
-        _checked(
-            driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0),
+        checked(
+            api.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0),
             f"launching {self._name} with grid={grid}, threads={num_threads}, "
             f"shared={shared_bytes}, cluster={cluster}",
         )

@@ -7,7 +7,11 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("cuda.bindings.nvrtc")
 
-from nanoflow_tune.runtime.kernels.cuda_module import KernelError, compile_cubin
+from nanoflow_tune.runtime.kernels.cubin import (
+    KernelError,
+    cache_folder,
+    compile_cubin,
+)
 from nanoflow_tune.runtime.kernels.gemm_tiles import GemmTile
 from nanoflow_tune.runtime.kernels.sm90_gemm import compiled
 
@@ -39,3 +43,24 @@ def test_gemm(tile, has_silu):
 def test_a_source_that_does_not_compile_is_an_error_with_the_compilers_words():
     with pytest.raises(KernelError, match=r"gemm\.cu.*does not compile"):
         compile_cubin("gemm.cu", (("BLOCK_M", 128),))
+
+
+def test_machine_code_is_kept_whole_and_read_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compile_cubin.cache_clear()
+    tile = GemmTile(rows=128, columns=64)
+    first = compiled(tile, has_silu=False).compile()
+    (kept,) = cache_folder().iterdir()
+    assert kept.parent.is_relative_to(tmp_path)
+    compile_cubin.cache_clear()
+    assert compiled(tile, has_silu=False).compile() == first
+    assert [*cache_folder().iterdir()] == [kept]
+    compile_cubin.cache_clear()
+
+
+def test_a_cache_folder_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    compile_cubin.cache_clear()
+    assert compiled(GemmTile(rows=128, columns=64), has_silu=False).compile().code
+    compile_cubin.cache_clear()

@@ -20,7 +20,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from nanoflow_tune.runtime.kernels.cuda_module import KernelError  # noqa: E402
+from nanoflow_tune.runtime.kernels.cubin import KernelError  # noqa: E402
 from nanoflow_tune.runtime.kernels.registry import DecodeRows, HeadShape  # noqa: E402
 from nanoflow_tune.runtime.kernels.sm90_attention import (  # noqa: E402
     DECODE_TILE,
