@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime.kernels.gather_buffer import output_rows
 from ..runtime.kernels.registry import DecodeRows, HeadShape, PrefillRows, kernel
 from ..runtime.kv_cache import PAGE_SIZE
 from ..runtime.op_shapes import shape_numbers
@@ -80,6 +81,11 @@ class CaseFactory:
         if point.kind == "all_reduce":
             x = self.randn(rows, sizes[0])
             return lambda: run(x, group, share)
+        if point.kind == "all_gather":
+            width, ranks = sizes
+            x = self.randn(rows, width // ranks)
+            out = output_rows(group, rows, width, self._dtype, self._device)
+            return lambda: run(x, out, group, share)
         if point.kind == "embedding":
             table = self._weight(point.shape, 32768, sizes[0], 0)
             ids = torch.randint(0, 32768, (rows,), device=self._device)

@@ -13,6 +13,7 @@ from ..search_spaces.schema import HardwareSpec
 from .executor import Resources
 from .kernels.collectives import make_groups
 from .kernels.copy_engine import CopyEngine
+from .kernels.gather_buffer import GatherBuffers
 from .launch import RankContext
 from .op_graph import OpGraph
 from .partition_layout import GroupRange, Slot, concurrent_slots, layout
@@ -60,8 +61,9 @@ def lane_groups(ctx: RankContext, schedules: Sequence[Schedule]) -> Mapping[str,
         return None
     groups: dict[str, Any] = ctx.state.setdefault("lane_groups", {})
     engine: CopyEngine = ctx.state.setdefault("copy_engine", CopyEngine())
+    gathered: GatherBuffers = ctx.state.setdefault("gathered", GatherBuffers())
     named = (lane for schedule in schedules for lane in schedule.lanes)
     for lane in dict.fromkeys((*LANES, *named)):
         if lane not in groups:
-            groups[lane] = make_groups(ctx.world_size, engine)
+            groups[lane] = make_groups(ctx.world_size, engine, gathered)
     return groups

@@ -31,9 +31,11 @@ OpKind = Literal[
     "prefill_attention",
     "silu_mul",
     "all_reduce",
+    "all_gather",
     "sampling",
 ]
-"""`silu_mul` is the kind of rows in profiles from before `gemm_silu`; no op of a graph has it."""
+"""`silu_mul` is the kind of rows in profiles from before `gemm_silu`; no op of a graph has it,
+nor `all_gather` yet."""
 GEMM_KINDS: tuple[OpKind, ...] = ("gemm", "gemm_silu", "grouped_gemm")
 """Kinds that multiply rows by weights."""
 Reach = Literal["range", "prefix"]
@@ -114,8 +116,9 @@ class Op:
         rows = self.rows(mix)
         weights = self.weight_elements * self.routed_share if self.kind in GEMM_KINDS else 0.0
         gemm = 2.0 * weights * rows
-        reduction = self.link_elements_per_row * rows / 2  # one add for each element received
-        return gemm + self.flops_per_key * rows * self.context(mix) + reduction
+        # A ring all-reduce adds each element that it receives in its first half.
+        adds = self.link_elements_per_row * rows / 2 if self.kind == "all_reduce" else 0.0
+        return gemm + self.flops_per_key * rows * self.context(mix) + adds
 
     def memory_bytes(self, mix: RowMix) -> float:
         """Bytes through device memory: each operand read once, each result written once.
@@ -132,7 +135,11 @@ class Op:
         return self.dtype_bytes * (self.weight_elements + self.row_elements * rows + keys)
 
     def link_bytes(self, mix: RowMix) -> float:
-        """Bytes this rank sends, one way; a ring all-reduce sends 2 (N-1)/N of the data."""
+        """Bytes this rank sends, one way.
+
+        Of the data that every rank holds afterwards, a ring all-reduce sends 2 (N-1)/N and an
+        all-gather (N-1)/N: each rank's 1/N to N - 1 peers.
+        """
         return self.dtype_bytes * self.link_elements_per_row * self.rows(mix)
 
 

@@ -1,9 +1,9 @@
 """Shape keys: what the numbers of a profile row's `shape` mean, and the op they describe.
 
 Keys by kind: gemm `n{N}_k{K}`; gemm_silu the same, N counting both halves; attention and rotary
-`q{heads}_kv{heads}_d{head dim}`; all-reduce `d{hidden}_r{ranks}`; norm and embedding `d{hidden}`;
-grouped_gemm `e{experts}_t{experts per token}_n{N}_k{K}`, its rows' `tokens` counted before routing;
-SiLU (rows of old profiles) `f{ffn}`; sampling `v{vocabulary}`.
+`q{heads}_kv{heads}_d{head dim}`; all-reduce and all-gather `d{full width}_r{ranks}`; norm and
+embedding `d{hidden}`; grouped_gemm `e{experts}_t{experts per token}_n{N}_k{K}`, its rows' `tokens`
+counted before routing; SiLU (rows of old profiles) `f{ffn}`; sampling `v{vocabulary}`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ RESOURCE_OF_KIND: dict[OpKind, Resource] = {
     "prefill_attention": "compute",
     "silu_mul": "memory",
     "all_reduce": "network",
+    "all_gather": "network",
     "sampling": "memory",
 }
 UNFUSED_PREFIXES = ("cublas", "torch", "triton")
@@ -57,6 +58,9 @@ def op_of_shape(kind: OpKind, shape: str, dtype_bytes: int) -> Op:
     elif kind == "all_reduce":
         hidden, ranks = numbers
         row_elements, link_elements = 2 * hidden, 2 * (ranks - 1) / ranks * hidden
+    elif kind == "all_gather":
+        width, ranks = numbers
+        row_elements, link_elements = width // ranks + width, (ranks - 1) / ranks * width
     else:
         row_elements = {"norm": 4, "silu_mul": 3, "embedding": 2, "sampling": 1}[kind] * numbers[0]
     return Op(

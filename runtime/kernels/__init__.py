@@ -17,6 +17,7 @@ _MODULES = {
         "grouped_gemm",
         "triton_grouped_gemm",
         "collectives",
+        "all_gather",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""What the all-reduce variants of a lane need, and the NCCL ones: free or held to a number of CTAs.
+"""What the collectives of a lane need, and all-reduce by NCCL: free or held to a number of CTAs.
 
 The CTA limit is a property of the communicator, so each lane has one group per limit;
 `make_groups` creates them. Called with `async_op=False` on the current stream, NCCL's kernel runs
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .copy_engine import VARIANT as COPY_ENGINE
 from .copy_engine import CopyEngine
+from .gather_buffer import KEY as GATHERED
+from .gather_buffer import GatherBuffers
 from .registry import register
 from .symmetric_all_reduce import SymmetricLane
 
@@ -24,10 +26,13 @@ CTA_LIMITS: dict[str, int | None] = {"nccl": None, "nccl_8": 8, "nccl_16": 16}
 """Variant name -> NCCL max_ctas; None leaves it to NCCL."""
 
 Groups = Mapping[str, Any]
-"""By variant the NCCL communicators; `symmetric` a lane's buffer, `copy_engine` the inboxes."""
+"""By variant the NCCL communicators; `symmetric` a lane's buffer, `copy_engine` the inboxes,
+`gathered` the outputs of all-gathers."""
 
 
-def make_groups(world_size: int, engine: CopyEngine | None = None) -> dict[str, Any]:
+def make_groups(
+    world_size: int, engine: CopyEngine | None = None, gathered: GatherBuffers | None = None
+) -> dict[str, Any]:
     """What a lane's variants take as `group`; its NCCL communicators are warmed up.
 
     Create them before SM partitions.
@@ -35,8 +40,13 @@ def make_groups(world_size: int, engine: CopyEngine | None = None) -> dict[str, 
     Args:
         world_size: ranks.
         engine: the inboxes, which all lanes of a rank share; by default new ones.
+        gathered: the outputs of all-gathers, likewise.
     """
-    groups: dict[str, Any] = {"symmetric": SymmetricLane(), COPY_ENGINE: engine or CopyEngine()}
+    groups: dict[str, Any] = {
+        "symmetric": SymmetricLane(),
+        COPY_ENGINE: engine or CopyEngine(),
+        GATHERED: gathered or GatherBuffers(),
+    }
     for name, limit in CTA_LIMITS.items():
         options = dist.ProcessGroupNCCL.Options()
         if limit is not None:

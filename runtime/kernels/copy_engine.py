@@ -32,26 +32,21 @@ in two phases (reduce-scatter, all-gather) would send less, (N-1)/N twice instea
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cuda_driver import checked, driver
 from .registry import Received, register
+from .row_signals import FREE, SENT, RowSignals, Signals, copy, signal_bytes
 from .symmetric import SymmetricBuffer
 from .symmetric_all_reduce import add_received
 
 VARIANT = "copy_engine"
-Signals = Literal["write", "copy"]
-"""How a rank raises a signal at a peer: by a stream memory operation, or by a copy."""
 _MIN_ROWS = 2048
 _SPARE_ROWS = 16
 """Rows behind those asked for, which nothing may write: the audit looks at them."""
-_FREE, _SENT = 0, 1
-_WORD_BYTES = 4
 
 
 class Inbox:
@@ -67,16 +62,12 @@ class Inbox:
         self._slot_rows = num_rows + _SPARE_ROWS
         self._row_bytes = width * dtype.itemsize
         world_size = dist.get_world_size()
-        words = 2 * num_rows * world_size  # two signals for each row and sender
-        flag_bytes = -(-words * _WORD_BYTES // 256) * 256
-        self._buffer = SymmetricBuffer(world_size * self._slot_rows * self._row_bytes, flag_bytes)
+        num_bytes = world_size * self._slot_rows * self._row_bytes
+        self._buffer = SymmetricBuffer(num_bytes, signal_bytes(num_rows, world_size))
         self.rank, self.world_size = self._buffer.rank, world_size
-        self._peers = tuple((self.rank + turn) % world_size for turn in range(1, world_size))
+        self._signals = RowSignals(self._buffer, num_rows, signals)
         slots = self._buffer.data(dtype)[: world_size * self._slot_rows * width]
         self._slots_WTD = slots.view(world_size, self._slot_rows, width)
-        self._signals: Signals = signals
-        self._one = torch.ones(1, dtype=torch.int32, device=slots.device)
-        self._meetings: dict[tuple[int, int], list[Any]] = {}
 
     def received(self, start: int, end: int) -> Received:
         """What the peers sent for rows [start, end)."""
@@ -84,7 +75,7 @@ class Inbox:
 
     def named(self) -> dict[str, Tensor]:
         """Each peer's rows by name, with the spare rows behind them."""
-        return {f"received_from_{peer}": self._slots_WTD[peer] for peer in self._peers}
+        return {f"received_from_{peer}": self._slots_WTD[peer] for peer in self._signals.peers}
 
     def exchange(self, x_TD: Tensor, first_row: int) -> None:
         """Send rows and wait for the peers'; only copies and signals on the current stream.
@@ -101,39 +92,13 @@ class Inbox:
             )
         if not x_TD.is_contiguous():
             raise ValueError(f"`x_TD` must be contiguous, but has strides {x_TD.stride()}")
-        self._meet(_FREE, first_row)
-        for peer in self._peers:
+        self._signals.meet(FREE, first_row)
+        for peer in self._signals.peers:
             place = self.rank * self._slot_rows + first_row
             target = self._buffer.addresses[peer] + self._buffer.flag_bytes
             num_bytes = x_TD.numel() * x_TD.element_size()
-            _copy(target + place * self._row_bytes, x_TD.data_ptr(), num_bytes)
-        self._meet(_SENT, first_row)
-
-    def _meet(self, phase: Literal[0, 1], first_row: int) -> None:
-        """Signal every peer, wait for all of them, put their signals back."""
-        key = (phase, first_row)
-        if key not in self._meetings:
-            self._meetings[key] = self._meeting(phase, first_row)
-        operations = self._meetings[key]
-        if self._signals == "copy":
-            for peer in self._peers:
-                _copy(self._word(phase, first_row, peer, self.rank), self._one.data_ptr(), 4)
-        _enqueue(operations)
-
-    def _word(self, phase: int, first_row: int, rank: int, sender: int) -> int:
-        """Address of the signal that `sender` raises at `rank`."""
-        cell = (phase * self.num_rows + first_row) * self.world_size + sender
-        return self._buffer.addresses[rank] + cell * _WORD_BYTES
-
-    def _meeting(self, phase: int, first_row: int) -> list[Any]:
-        peers = self._peers if self._signals == "write" else ()
-        theirs = [self._word(phase, first_row, peer, self.rank) for peer in peers]
-        mine = [self._word(phase, first_row, self.rank, peer) for peer in self._peers]
-        return [
-            *(_write(address, 1) for address in theirs),
-            *(_wait(address) for address in mine),
-            *(_write(address, 0) for address in mine),
-        ]
+            copy(target + place * self._row_bytes, x_TD.data_ptr(), num_bytes)
+        self._signals.meet(SENT, first_row)
 
 
 class CopyEngine:
@@ -159,55 +124,6 @@ def inbox_of(group: Mapping[str, Any], num_rows: int, width: int, dtype: torch.d
     """The inbox that a lane's group names, or the rank's own for that many rows."""
     transport: CopyEngine | Inbox = group[VARIANT]
     return transport if isinstance(transport, Inbox) else transport.inbox(num_rows, width, dtype)
-
-
-@functools.cache
-def _flush_flag(device: int) -> int:
-    """CU_STREAM_WAIT_VALUE_FLUSH where the device has it: remote writes are visible behind it."""
-    api = driver()
-    attribute = api.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES
-    value = checked(
-        api.cuDeviceGetAttribute(attribute, device), "asking whether remote writes can be flushed"
-    )
-    return int(api.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_FLUSH) if value else 0
-
-
-def _wait(address: int) -> Any:  # noqa: ANN401 - driver structure
-    api = driver()
-    equal = int(api.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ)
-    operation = api.CUstreamBatchMemOpParams()
-    operation.waitValue.operation = api.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WAIT_VALUE_32
-    operation.waitValue.address = address
-    operation.waitValue.value = 1
-    operation.waitValue.flags = equal | _flush_flag(torch.cuda.current_device())
-    return operation
-
-
-def _write(address: int, value: int) -> Any:  # noqa: ANN401 - driver structure
-    api = driver()
-    operation = api.CUstreamBatchMemOpParams()
-    operation.writeValue.operation = api.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WRITE_VALUE_32
-    operation.writeValue.address = address
-    operation.writeValue.value = value
-    operation.writeValue.flags = 0  # the default: behind a fence
-    return operation
-
-
-def _enqueue(operations: list[Any]) -> None:
-    """Memory operations on the current stream, in their order."""
-    stream = torch.cuda.current_stream().cuda_stream
-    checked(
-        driver().cuStreamBatchMemOp(stream, len(operations), operations, 0),
-        "signals of a copy-engine exchange",
-    )
-
-
-def _copy(target: int, source: int, num_bytes: int) -> None:
-    stream = torch.cuda.current_stream().cuda_stream
-    checked(
-        driver().cuMemcpyAsync(target, source, num_bytes, stream),
-        f"a peer copy of {num_bytes} bytes",
-    )
 
 
 @register("all_reduce", VARIANT, "cuda")

@@ -3,9 +3,9 @@
 Every variant of a kind has the same signature, given by the Protocols below. A variant writes only
 the rows it was given. `num_sms` is the share it runs on: persistent kernels size their grid by it.
 
-Shape legend: T rows of the call, D hidden, K GEMM depth, N GEMM width, C = (qo + 2 kv) x head dim,
-Q = qo heads x head dim, F ffn width, R decode rows, S prefill segments, P pages, G kv heads,
-B tokens of a page, H head dim.
+Shape legend: T rows of the call, D hidden, W columns of one rank, K GEMM depth, N GEMM width,
+C = (qo + 2 kv) x head dim, Q = qo heads x head dim, F ffn width, R decode rows, S prefill segments,
+P pages, G kv heads, B tokens of a page, H head dim.
 """
 
 from __future__ import annotations
@@ -221,6 +221,26 @@ class AllReduce(Protocol):
     def __call__(
         self,
         x_TD: Tensor,
+        group: Any,  # noqa: ANN401
+        num_sms: int,
+        first_row: int = 0,
+    ) -> None:
+        """Launch on the current stream."""
+        ...
+
+
+class AllGather(Protocol):
+    """out_TD = the columns x_TW of all ranks, by rank: D = ranks x W.
+
+    `group` and `first_row` are as for `AllReduce`. On CUDA `out_TD` is rows of what
+    `gather_buffer.output_rows` gives: every variant can write there, and those over peers' memory
+    write nowhere else. `x_TW` may be this rank's own columns of `out_TD`.
+    """
+
+    def __call__(
+        self,
+        x_TW: Tensor,
+        out_TD: Tensor,
         group: Any,  # noqa: ANN401
         num_sms: int,
         first_row: int = 0,

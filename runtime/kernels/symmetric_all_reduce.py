@@ -24,9 +24,10 @@ Algorithm = Literal["one_shot", "two_shot"]
 BLOCKS = (8, 16, 32)
 PACK_BYTES = 16
 """Kernels move 16 bytes at a time."""
-_MAX_BLOCKS = 256
+MAX_BLOCKS = 256
+"""Signals of one phase and peer in a lane's buffer."""
 _NUM_PHASES = 3
-_THREADS = 512
+THREADS = 512
 _MIN_BYTES = 64 << 20
 """Smallest buffer: two ranks and 2048 rows of 8192 bf16 elements fit without growing."""
 _ELEMENT_BYTES = {torch.bfloat16: 2, torch.float32: 4}
@@ -35,14 +36,14 @@ _ELEMENT_BYTES = {torch.bfloat16: 2, torch.float32: 4}
 @functools.cache
 def all_reduce_kernel(name: str, world_size: int, element_bytes: int) -> CudaKernel:
     """`one_shot`, `two_shot` or `add_received` for some ranks and bf16 (2) or fp32 (4)."""
-    assert _NUM_PHASES * _MAX_BLOCKS * world_size * 4 <= FLAG_BYTES, "signals outgrow their space"
+    assert _NUM_PHASES * MAX_BLOCKS * world_size * 4 <= FLAG_BYTES, "signals outgrow their space"
     return CudaKernel(
         "all_reduce.cu",
         name,
         {
             "WORLD": world_size,
             "ELEMENT_BYTES": element_bytes,
-            "MAX_BLOCKS": _MAX_BLOCKS,
+            "MAX_BLOCKS": MAX_BLOCKS,
             "FLAG_BYTES": FLAG_BYTES,
         },
     )
@@ -97,7 +98,7 @@ class SymmetricLane:
         kernel = all_reduce_kernel(algorithm, buffer.world_size, x_TD.element_size())
         addresses = (ctypes.c_uint64 * buffer.world_size)(*buffer.addresses)
         rank, count = ctypes.c_int(buffer.rank), ctypes.c_int(packs)
-        kernel.launch((num_blocks, 1, 1), _THREADS, 0, (x_TD, addresses, rank, count))
+        kernel.launch((num_blocks, 1, 1), THREADS, 0, (x_TD, addresses, rank, count))
 
 
 def add_received(x_TD: Tensor, received: Received, num_sms: int) -> None:
@@ -107,9 +108,9 @@ def add_received(x_TD: Tensor, received: Received, num_sms: int) -> None:
     kernel = all_reduce_kernel("add_received", world_size, x_TD.element_size())
     slot_packs = ctypes.c_uint64(slot_elements * x_TD.element_size() // PACK_BYTES)
     rank, count = ctypes.c_int(received.rank), ctypes.c_int(packs)
-    grid = max(1, min(num_sms, -(-packs // _THREADS)))
+    grid = max(1, min(num_sms, -(-packs // THREADS)))
     arguments = (x_TD, received.parts_WTD, slot_packs, rank, count)
-    kernel.launch((grid, 1, 1), _THREADS, 0, arguments)
+    kernel.launch((grid, 1, 1), THREADS, 0, arguments)
 
 
 def _register(algorithm: Algorithm, num_blocks: int) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .gather_buffer import check_shapes
 from .registry import DecodeRows, HeadShape, PrefillRows, Received, register
 
 _GATHER_ELEMENTS = 1 << 26
@@ -233,6 +234,31 @@ def all_reduce_in_rank_order(
     parts = [torch.empty_like(x_TD) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, x_TD, group=group)
     x_TD.copy_(_sum_in_order(parts))
+
+
+@register("all_gather", "torch", "cpu")
+@register("all_gather", "torch", "cuda")
+def all_gather(
+    x_TW: Tensor,
+    out_TD: Tensor,
+    group: Any,  # noqa: ANN401 - process group
+    num_sms: int,
+    first_row: int = 0,
+) -> None:
+    """out_TD = the ranks' columns next to each other; no group means one rank.
+
+    A mapping of groups (one for each NCCL variant) stands for the default group here.
+    """
+    known = None if isinstance(group, Mapping) else group
+    world_size = 1 if group is None else dist.get_world_size(known)
+    check_shapes(x_TW, out_TD, world_size)
+    if group is None:
+        out_TD.copy_(x_TW)
+        return
+    x_TW = x_TW.contiguous()
+    parts = [torch.empty_like(x_TW) for _ in range(world_size)]
+    dist.all_gather(parts, x_TW, group=known)
+    torch.cat(parts, dim=1, out=out_TD)
 
 
 @register("sampling", "torch", "cpu")

@@ -37,3 +37,22 @@ def test_a_grouped_gemm_point_routes_every_token_to_that_many_experts(monkeypatc
     assert bool((counts >= 0).all() and (counts <= 100).all())
     grouped_gemm.grouped_gemm(x, weight, offsets, out, num_sms)
     assert bool(out.isfinite().all())
+
+
+def test_an_all_gather_point_has_the_columns_of_one_rank_and_the_whole_output(monkeypatch):
+    seen = []
+    recorder = registry.Variant(
+        kind="all_gather",
+        name="torch",
+        device_type="cpu",
+        kernel=lambda *operands: seen.append(operands),
+    )
+    monkeypatch.setitem(registry._VARIANTS, ("all_gather", "torch", "cpu"), recorder)
+    point = Point(
+        kind="all_gather", variant="symm_8", shape="d64_r4", tokens=7, kv_len=0, num_sms=8
+    )
+    calls = CaseFactory(torch.float32, torch.device("cpu"), 1e6).calls(point, "group")
+    calls[0]()
+    x, out, group, num_sms = seen[0]
+    assert (tuple(x.shape), tuple(out.shape)) == ((7, 16), (7, 64))
+    assert (group, num_sms) == ("group", 8)

@@ -36,6 +36,28 @@ def rank_order_sum(ctx: RankContext, num_rows: int) -> list[bytes]:
     return [whole.numpy().tobytes(), parts.numpy().tobytes()]
 
 
+def gathered_columns(ctx: RankContext, num_rows: int, width: int) -> list[torch.Tensor]:
+    """An all-gather done whole, done in two parts, and of a strided view; rows around it poisoned.
+
+    Values tell rank, row and column.
+    """
+    rows_T1 = torch.arange(num_rows)[:, None] * 100.0
+    columns_TW = ctx.rank * 10_000.0 + rows_T1 + torch.arange(width)
+    group = dist.group.WORLD
+    gather = registry.kernel("all_gather", "torch", "cpu")
+    whole, parts, strided = (
+        torch.full((num_rows + 2, width * ctx.world_size), float("nan")) for _ in range(3)
+    )
+    gather(columns_TW, whole[1:-1], group, 8)
+    half = num_rows // 2
+    gather(columns_TW[:half], parts[1 : 1 + half], group, 8)
+    gather(columns_TW[half:], parts[1 + half : -1], group, 8, half)
+    own = strided[1:-1, ctx.rank * width : (ctx.rank + 1) * width]
+    own.copy_(columns_TW)
+    gather(own, strided[1:-1], group, 8)
+    return [whole, parts, strided]
+
+
 def fail_on(ctx: RankContext, rank: int, kind: str) -> int:
     if ctx.rank == rank:
         errors = {"value": ValueError, "verification": VerificationError, "other": KeyError}

@@ -10,7 +10,12 @@ import torch
 import torch.distributed as dist
 from builders import NUM_SMS, sequential, tiny_model
 
-from nanoflow_tune.runtime.kernels import copy_engine, symmetric_all_reduce, torch_ops
+from nanoflow_tune.runtime.kernels import (
+    copy_engine,
+    row_signals,
+    symmetric_all_reduce,
+    torch_ops,
+)
 from nanoflow_tune.runtime.kernels.registry import Received
 from nanoflow_tune.runtime.launch import RankGroup
 from nanoflow_tune.runtime.legality import check
@@ -61,15 +66,16 @@ def operations_of(monkeypatch, rank, world_size, signals, exchanges):
         "SymmetricBuffer",
         lambda num_bytes, flag_bytes: FakeBuffer(rank, world_size, num_bytes, flag_bytes),
     )
-    monkeypatch.setattr(copy_engine, "_wait", lambda address: ("wait", address, 1))
-    monkeypatch.setattr(copy_engine, "_write", lambda address, value: ("write", address, value))
-    monkeypatch.setattr(copy_engine, "_enqueue", issued.extend)
+    monkeypatch.setattr(row_signals, "_wait", lambda address: ("wait", address, 1))
+    monkeypatch.setattr(row_signals, "_write", lambda address, value: ("write", address, value))
+    monkeypatch.setattr(row_signals, "_enqueue", issued.extend)
 
     def copied(target, source, num_bytes):
         is_signal = num_bytes == 4
         issued.append(("write", target, 1) if is_signal else ("copy", target, num_bytes))
 
-    monkeypatch.setattr(copy_engine, "_copy", copied)
+    monkeypatch.setattr(row_signals, "copy", copied)
+    monkeypatch.setattr(copy_engine, "copy", copied)
     inbox = copy_engine.Inbox(64, 8, torch.float32, signals)
     assert issued == []
     ends = []

@@ -43,3 +43,14 @@ def test_other_ops_move_the_same_bytes_by_every_variant():
     for op in GRAPHS[1].layer:
         if op.kind != "gemm_silu":
             assert moved_bytes(op, MIX, "triton") == op.memory_bytes(MIX)
+
+
+def test_an_all_gather_sends_half_of_an_all_reduce_and_adds_nothing():
+    gather = op_of_shape("all_gather", "d8192_r4", 2)
+    reduce = op_of_shape("all_reduce", "d8192_r4", 2)
+    assert gather.link_bytes(MIX) == reduce.link_bytes(MIX) / 2
+    # This rank's 2048 columns go to three peers.
+    assert gather.link_bytes(MIX) == 3 * 2048 * 2 * 128
+    assert gather.memory_bytes(MIX) == 2 * 128 * (2048 + 8192)
+    assert (gather.flops(MIX), gather.resource) == (0.0, "network")
+    assert reduce.flops(MIX) > 0
