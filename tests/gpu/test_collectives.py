@@ -1,4 +1,4 @@
-"""All-reduce variants on two GPUs: against float64, odd sizes, CUDA graphs, beside GEMMs, in plans.
+"""Collectives on two GPUs: against references, odd sizes, CUDA graphs, beside GEMMs, in plans.
 
 python -m pytest tests/gpu/test_collectives.py -q
 """
@@ -22,6 +22,8 @@ NCCL = ("nccl", "nccl_8")
 SYMMETRIC = tuple(f"symm_{name}_{n}" for name in ("one_shot", "two_shot") for n in (8, 16, 32))
 COPIES = ("copy_engine", "copy_engine_add", "copy_engine+copies")
 VARIANTS = (*NCCL, *SYMMETRIC, *COPIES)
+PUSHING = ("symm_8", "symm_16", "symm_32", "copy_engine", "copy_engine+copies")
+GATHERS = ("nccl", "nccl_8", "nccl_16", *PUSHING)
 
 
 class Ranks:
@@ -59,6 +61,13 @@ def on_rank():
     import collective_ranks
 
     return collective_ranks
+
+
+@pytest.fixture(scope="module")
+def gather_on_rank():
+    import all_gather_ranks
+
+    return all_gather_ranks
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -100,3 +109,29 @@ def test_a_plan_equals_the_sequential_run_and_writes_its_rows_only(ranks, on_ran
 def test_a_norm_over_summed_and_unsummed_rows_is_refused(ranks, on_rank):
     with pytest.raises(ValueError, match="attn_all_reduce there must use"):
         ranks.call(on_rank.norm_over_mixed_variants)
+
+
+@pytest.mark.parametrize("variant", GATHERS)
+def test_gathers_of_odd_sizes_in_a_row_give_all_columns(ranks, gather_on_rank, variant):
+    ranks.call(gather_on_rank.odd_rows_in_a_row, variant)
+
+
+@pytest.mark.parametrize("variant", GATHERS)
+def test_columns_may_be_in_place_or_apart(ranks, gather_on_rank, variant):
+    ranks.call(gather_on_rank.columns_in_place, variant)
+
+
+@pytest.mark.parametrize("variant", GATHERS)
+def test_a_graph_of_gathers_replays_on_input_that_changes(ranks, gather_on_rank, variant):
+    ranks.call(gather_on_rank.gather_replays, variant)
+
+
+@pytest.mark.parametrize("variant", GATHERS)
+def test_an_all_gather_runs_beside_gemms(ranks, gather_on_rank, variant):
+    ranks.call(gather_on_rank.gather_beside_a_gemm, variant)
+
+
+@pytest.mark.parametrize("variant", PUSHING)
+def test_an_output_that_peers_cannot_write_is_refused(ranks, gather_on_rank, variant):
+    with pytest.raises(ValueError, match="output_rows"):
+        ranks.call(gather_on_rank.gather_into_ordinary_memory, variant)
