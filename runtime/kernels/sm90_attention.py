@@ -34,6 +34,8 @@ _STAGE_RECORD_BYTES = 16 + 8
 _WARP_RECORD_BYTES = 2 * 32 * 4 + 2 * 2 * 4 + 4
 _HEADS_PER_TILE = 8
 _MAX_WARPS_OF_TWO_TILES = 8
+_L2_PROMOTION_BYTES = 128
+"""A page is a row of lines: fetching two at once cost 4 % of the bandwidth (results/LOG.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +52,6 @@ class DecodeTile:
     """A cut this near to an end of an item moves there; at most `min_pages`."""
     is_evict_first: bool
     """Keys and values leave the L2 cache before other data."""
-    block_shares_range: bool
-    """The kv heads of a range of pages are read by neighbouring warps, not neighbouring blocks."""
-    l2_promotion_bytes: int
-    """0, 64, 128 or 256: what a copy makes L2 fetch at least."""
 
     def fitted(self, head_dim: int, group: int) -> DecodeTile:
         """The tile for a head dimension and a number of query heads per kv head.
@@ -79,13 +77,7 @@ class DecodeTile:
 
 
 DECODE_TILE = DecodeTile(
-    num_warps=12,
-    ring_bytes=16 << 10,
-    min_pages=8,
-    min_fragment_pages=4,
-    is_evict_first=True,
-    block_shares_range=True,
-    l2_promotion_bytes=256,
+    num_warps=12, ring_bytes=16 << 10, min_pages=8, min_fragment_pages=4, is_evict_first=True
 )
 
 
@@ -113,7 +105,6 @@ def decode_kernel(tile: DecodeTile, head_dim: int, group: int) -> CudaKernel:
             "MIN_PAGES": tile.min_pages,
             "MIN_FRAGMENT": tile.min_fragment_pages,
             "EVICT_FIRST": int(tile.is_evict_first),
-            "BLOCK_SHARES_RANGE": int(tile.block_shares_range),
         },
     )
 
@@ -159,7 +150,7 @@ def _workspace(num_workers: int, floats: int) -> _Workspace:
     return workspace
 
 
-def _pool_map(pages_PGBH: Tensor, l2_promotion_bytes: int) -> TensorMap:
+def _pool_map(pages_PGBH: Tensor) -> TensorMap:
     """Boxes of one page and kv head: halves of 64 columns, 16 rows of 128 bytes each."""
     num_pages, num_kv_heads, page_size, head_dim = pages_PGBH.shape
     halves = head_dim // _SWIZZLED_COLUMNS
@@ -168,7 +159,7 @@ def _pool_map(pages_PGBH: Tensor, l2_promotion_bytes: int) -> TensorMap:
         sizes=(_SWIZZLED_COLUMNS, page_size, halves, num_pages * num_kv_heads),
         strides=(head_dim, _SWIZZLED_COLUMNS, page_size * head_dim),
         box=(_SWIZZLED_COLUMNS, page_size, halves, 1),
-        l2_promotion_bytes=l2_promotion_bytes,
+        l2_promotion_bytes=_L2_PROMOTION_BYTES,
     )
 
 
@@ -253,8 +244,8 @@ def launch_decode(
         32 * tile.num_warps,
         tile.shared_bytes(head_dim),
         [
-            _pool_map(k_pages_PGBH, tile.l2_promotion_bytes),
-            _pool_map(v_pages_PGBH, tile.l2_promotion_bytes),
+            _pool_map(k_pages_PGBH),
+            _pool_map(v_pages_PGBH),
             qkv_TC,
             out_TQ,
             rows.row_ids_R,

@@ -156,9 +156,8 @@ def test_many_short_rows(num_rows):
     "change",
     [
         {"num_warps": 4, "ring_bytes": 48 << 10},
-        {"num_warps": 7, "ring_bytes": 32 << 10, "is_evict_first": False},
-        {"min_pages": 2, "min_fragment_pages": 1, "l2_promotion_bytes": 0},
-        {"block_shares_range": False, "l2_promotion_bytes": 128},
+        {"num_warps": 6, "ring_bytes": 32 << 10, "is_evict_first": False},
+        {"min_pages": 2, "min_fragment_pages": 1},
     ],
     ids=str,
 )

@@ -37,7 +37,7 @@ SHARED_BYTES_OF_A_BLOCK = 227 << 10
 
 @pytest.mark.parametrize("group", [1, 2, 4, 8, 9, 16])
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("change", [{}, {"is_evict_first": False}, {"block_shares_range": False}])
+@pytest.mark.parametrize("change", [{}, {"is_evict_first": False}])
 def test_every_variant_compiles_without_spills_and_fits_an_sm(head_dim, group, change):
     pytest.importorskip("cuda.bindings.nvrtc")
     tile = replace(DECODE_TILE, **change).fitted(head_dim, group)
@@ -55,16 +55,16 @@ def test_every_variant_compiles_without_spills_and_fits_an_sm(head_dim, group, c
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize(
-    ("head_dim", "group", "num_warps", "stages", "min_pages", "min_fragment", "shares_range"),
+    ("head_dim", "group", "num_warps", "stages", "min_pages", "min_fragment"),
     [
-        (128, 8, 2, 2, 2, 1, 1),
-        (128, 4, 12, 2, 8, 4, 1),
-        (64, 1, 3, 3, 1, 1, 0),
-        (64, 11, 2, 6, 4, 4, 1),
+        (128, 8, 2, 2, 2, 1),
+        (128, 4, 12, 2, 8, 4),
+        (64, 1, 3, 3, 1, 1),
+        (64, 11, 2, 6, 4, 4),
     ],
 )
 def test_the_source_run_on_a_cpu_matches_float64_in_any_order_of_blocks(
-    tmp_path, head_dim, group, num_warps, stages, min_pages, min_fragment, shares_range
+    tmp_path, head_dim, group, num_warps, stages, min_pages, min_fragment
 ):
     macros = {
         "HEAD_DIM": head_dim,
@@ -74,7 +74,6 @@ def test_the_source_run_on_a_cpu_matches_float64_in_any_order_of_blocks(
         "MIN_PAGES": min_pages,
         "MIN_FRAGMENT": min_fragment,
         "EVICT_FIRST": 1,
-        "BLOCK_SHARES_RANGE": shares_range,
     }
     sources = (CUDA_SOURCES / "decode_attention.cu", CUDA_ON_CPU / "decode_attention.cpp")
     program = tmp_path / "decode_attention"
@@ -224,40 +223,31 @@ def test_no_two_parts_share_a_place_in_the_workspace_or_a_counter():
                 assert counters.setdefault(counter, (item, each)) == (item, each)
 
 
-def warps_of_workers(num_workers, num_blocks, num_warps, *, block_shares_range):
+def warps_of_workers(num_workers, num_blocks, num_warps):
     """(block, warp) of every worker, as `worker_of` places them."""
     places = {}
     for block, warp in product(range(num_blocks), range(num_warps)):
         first, end = (number * num_workers // num_blocks for number in (block, block + 1))
-        worker = first + warp if block_shares_range else warp * num_blocks + block
-        if worker < (end if block_shares_range else num_workers):
-            assert worker not in places
-            places[worker] = (block, warp)
+        if first + warp < end:
+            assert first + warp not in places
+            places[first + warp] = (block, warp)
     assert sorted(places) == list(range(num_workers))
     return places
 
 
-@pytest.mark.parametrize("block_shares_range", [True, False])
 @pytest.mark.parametrize("abreast", [1, 4, 8])
 @pytest.mark.parametrize("num_blocks", [8, 16, 132])
-def test_workers_spread_evenly_and_those_of_a_range_are_neighbours(
-    num_blocks, abreast, block_shares_range
-):
+def test_workers_spread_evenly_and_those_of_a_range_are_neighbours(num_blocks, abreast):
     num_warps = DECODE_TILE.num_warps
     most = num_blocks * num_warps // abreast
     for num_ranges in {1, 2, most // 3, most - 1, most}:
-        places = warps_of_workers(
-            num_ranges * abreast, num_blocks, num_warps, block_shares_range=block_shares_range
-        )
+        places = warps_of_workers(num_ranges * abreast, num_blocks, num_warps)
         loads = Counter(block for block, _ in places.values())
         share = num_ranges * abreast / num_blocks
         assert max(loads.values()) <= share + 1
         for first in range(0, num_ranges * abreast, abreast):
             blocks = [places[worker][0] for worker in range(first, first + abreast)]
-            if not block_shares_range:
-                steps = {(after - before) % num_blocks for before, after in pairwise(blocks)}
-                assert steps <= {1}
-            elif share >= abreast:
+            if share >= abreast:
                 assert blocks[-1] - blocks[0] <= 1
 
 

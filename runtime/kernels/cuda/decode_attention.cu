@@ -17,8 +17,7 @@
 //
 // Macros: HEAD_DIM (64, 128), GROUP (query heads of a kv head, 1 to 16), WARPS, STAGES (of a warp),
 // MIN_PAGES (least pages of a range), MIN_FRAGMENT (least pages of a part of an item, at most
-// MIN_PAGES), EVICT_FIRST (0, 1: L2 policy of keys and values), BLOCK_SHARES_RANGE (1: the workers
-// of a range are neighbouring warps, 0: warps of neighbouring blocks).
+// MIN_PAGES), EVICT_FIRST (0, 1: L2 policy of keys and values).
 
 #include "warp_mma.cuh"
 
@@ -29,8 +28,8 @@ constexpr int TILE_BYTES = HEAD_DIM / 64 * HALF_BYTES;
 constexpr int STAGE_BYTES = 2 * TILE_BYTES;  // keys, then values
 constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
 constexpr int STEPS = HEAD_DIM / 16;
-constexpr int TILES = (GROUP + 7) / 8;        // tiles of 8 query heads
-constexpr int PART_CELLS = STEPS * 32 + 4;    // float4 of a partial and tile: outputs, statistics
+constexpr int TILES = (GROUP + 7) / 8;      // tiles of 8 query heads
+constexpr int PART_CELLS = STEPS * 32 + 4;  // float4 of a partial and tile: outputs, statistics
 constexpr int WORK_CELLS = TILES * PART_CELLS;
 constexpr uint32 ALL = 0xffffffffu;
 constexpr float NO_REFERENCE = -1e30f;
@@ -96,8 +95,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   __syncthreads();
   if (begin >= end) return;
 
-  Walk walk = {at.request, at.head, at.page, kv_lens[at.request], row_ids[at.request],
-               end - begin};
+  Walk walk = {at.request, at.head, at.page, kv_lens[at.request], row_ids[at.request], end - begin};
   walk.look_ahead(requests, ahead, lane);
   wait_words();
   __syncwarp();
@@ -145,12 +143,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int page = record.z, kv_len = record.w, num_keys = kv_len - page * PAGE;
     mbarrier_wait(barrier + stage * 8, parity);
     __syncwarp();
+    auto release = [&] {
+      if (flat + STAGES < end) copy_next_page(stage);
+    };
     if (num_keys >= PAGE)
-      attention.add_page<true>(stages + stage * STAGE_BYTES, PAGE, scale, lane);
+      attention.add_page<true>(stages + stage * STAGE_BYTES, PAGE, scale, lane, release);
     else
-      attention.add_page<false>(stages + stage * STAGE_BYTES, num_keys, scale, lane);
-    __syncwarp();  // all lanes have read the stage
-    if (flat + STAGES < end) copy_next_page(stage);
+      attention.add_page<false>(stages + stage * STAGE_BYTES, num_keys, scale, lane, release);
     if (++stage == STAGES) {
       stage = 0;
       parity ^= 1;
@@ -164,10 +163,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (item_begin < begin || item_end > end) {
       // Cuts of the item that did not move to its ends lie MIN_FRAGMENT pages or more within.
       int first = range, last = range;
-      if (item_begin < begin)
-        first = cuts_below(item_begin + MIN_FRAGMENT, num_ranges, total) - 1;
-      if (item_end > end)
-        last = cuts_below(item_end - MIN_FRAGMENT + 1, num_ranges, total) - 1;
+      if (item_begin < begin) first = cuts_below(item_begin + MIN_FRAGMENT, num_ranges, total) - 1;
+      if (item_end > end) last = cuts_below(item_end - MIN_FRAGMENT + 1, num_ranges, total) - 1;
       // The item goes on after range `first`, and began before the others.
       auto partial_of = [&](int other) {
         return partials + (2ll * (other * abreast + list) + (other == first)) * WORK_CELLS;

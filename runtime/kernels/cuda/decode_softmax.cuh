@@ -46,9 +46,11 @@ struct Attention {
     }
   }
 
-  // Fold a page in. Keys from `num_keys` on are absent, whatever their cells hold.
-  template <bool IS_FULL>
-  __device__ __forceinline__ void add_page(uint32 stage, int num_keys, float scale, int lane) {
+  // Fold a page in. Keys from `num_keys` on are absent, whatever their cells hold. `release` is
+  // called once the page's stage may be overwritten.
+  template <bool IS_FULL, typename Release>
+  __device__ __forceinline__ void add_page(uint32 stage, int num_keys, float scale, int lane,
+                                           Release release) {
     const int g = lane / 4, t = lane % 4;
     // TMA's 128-byte swizzle: chunk c of 16 bytes in row r lies at c ^ (r % 8).
     const int k_row = lane % 16, v_row = lane % 8 + lane / 16 * 8;
@@ -66,6 +68,11 @@ struct Attention {
 #pragma unroll
     for (int m = 0; m < STEPS; ++m)
       load_transposed(v[m], (v_lane ^ (m % 4 << 5)) + m / 4 * HALF_BYTES);
+    // The page is in registers. The fence puts the reads before the copy into its place, which
+    // comes through another proxy, and the copy has the whole softmax's time more to arrive.
+    fence_async_shared();
+    __syncwarp();
+    release();
 
     float x[TILES][4];
     bool exceeds = false;
@@ -181,10 +188,9 @@ struct Attention {
       for (int m = 0; m < STEPS; ++m)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const uint32 by_head = transpose(
-              pack_bf16(out[n][m][2 * i] * inverse_0, out[n][m][2 * i + 1] * inverse_1));
-          if (n * 8 + g < GROUP)
-            target[(n * 8 + g) * (HEAD_DIM / 2) + m * 8 + i * 4 + t] = by_head;
+          const uint32 by_head =
+              transpose(pack_bf16(out[n][m][2 * i] * inverse_0, out[n][m][2 * i + 1] * inverse_1));
+          if (n * 8 + g < GROUP) target[(n * 8 + g) * (HEAD_DIM / 2) + m * 8 + i * 4 + t] = by_head;
         }
     }
   }

@@ -19,12 +19,12 @@ __device__ __forceinline__ int heads_abreast(int num_kv_heads, int max_workers) 
   return abreast;
 }
 
-// The worker that this warp is, or -1. Few workers still spread over all blocks.
+// The worker that this warp is, or -1. The workers of a range are neighbouring warps, and few
+// workers still spread over all blocks.
 __device__ __forceinline__ int worker_of(int warp, int num_workers) {
   const int block = blockIdx.x, blocks = gridDim.x;
   const int first = block * num_workers / blocks, end = (block + 1) * num_workers / blocks;
-  const int worker = BLOCK_SHARES_RANGE ? first + warp : warp * blocks + block;
-  return worker < (BLOCK_SHARES_RANGE ? end : num_workers) ? worker : -1;
+  return first + warp < end ? first + warp : -1;
 }
 
 __device__ __forceinline__ int num_pages(int kv_len) { return (kv_len + PAGE - 1) / PAGE; }
