@@ -17,8 +17,15 @@ from .schema import Architecture, ModelSpec
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
+    "MixtralForCausalLM": "mixtral",
 }
-_MODEL_TYPES: dict[str, str] = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+_MODEL_TYPES: dict[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+}
+_DEFAULT_EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
+"""What transformers takes for absent keys of a Mixtral configuration."""
 _REQUIRED = (
     "hidden_size",
     "intermediate_size",
@@ -82,7 +89,7 @@ def _refuse_unsupported(config: dict[str, Any], architecture: Architecture, wher
         f"rotary scaling of type {rope_type!r}": rope_type != "default",
         "a sliding attention window": has_sliding_window
         or any(kind != "full_attention" for kind in cast("list[object]", layer_types)),
-        "`attention_bias: true`": architecture == "llama" and bool(config.get("attention_bias")),
+        "`attention_bias: true`": architecture != "qwen2" and bool(config.get("attention_bias")),
         "`mlp_bias: true`": bool(config.get("mlp_bias")),
         f"`hidden_act: {config.get('hidden_act')}`": config.get("hidden_act", "silu") != "silu",
         "`partial_rotary_factor` other than 1": (config | rope).get("partial_rotary_factor", 1)
@@ -133,6 +140,7 @@ def _spec_values(
     kv_heads = config.get("num_key_value_heads")
     theta = _mapping(config, "rope_parameters", str(file)).get("rope_theta")
     dtype = config.get("torch_dtype") or config.get("dtype")
+    experts = _DEFAULT_EXPERTS if architecture == "mixtral" else dict[str, int]()
     return {key: config[key] for key in _REQUIRED} | {
         "name": file.resolve().parent.name,
         "architecture": architecture,
@@ -141,4 +149,5 @@ def _spec_values(
         "rope_theta": config.get("rope_theta", 10000.0) if theta is None else theta,
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
         "torch_dtype": dtype or ModelSpec.__dataclass_fields__["torch_dtype"].default,
+        **{key: config.get(key, default) for key, default in experts.items()},
     }

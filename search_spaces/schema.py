@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Architecture = Literal["llama", "qwen2"]
+Architecture = Literal["llama", "qwen2", "mixtral"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 RowOrder = Literal["decodes_first", "interleaved"]
 
@@ -25,13 +25,14 @@ def _require(condition: bool, rule: str, **values: object) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """A dense decoder-only transformer; field names as in a Hugging Face `config.json`."""
+    """A decoder-only transformer; field names as in a Hugging Face `config.json`."""
 
     name: str
     architecture: Architecture
-    """`qwen2` adds a bias to the fused key, query and value projection."""
+    """`qwen2` adds a bias to the fused key, query and value projection; `mixtral` has experts."""
     hidden_size: int
     intermediate_size: int
+    """Of one expert where there are several."""
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -43,6 +44,10 @@ class ModelSpec:
     tie_word_embeddings: bool = False
     torch_dtype: Dtype = "bfloat16"
     """Type of weights, activations and KV cache."""
+    num_local_experts: int | None = None
+    """Feed-forward networks of a layer, of which a router chooses; None: one, without a router."""
+    num_experts_per_tok: int | None = None
+    """Experts that each token goes to."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -63,6 +68,21 @@ class ModelSpec:
             "`num_attention_heads` must be a multiple of `num_key_value_heads`",
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=self.num_key_value_heads,
+        )
+        experts, per_token = self.num_local_experts, self.num_experts_per_tok
+        _require(
+            (self.architecture == "mixtral") == (experts is not None) == (per_token is not None),
+            "`num_local_experts` and `num_experts_per_tok` belong to `architecture: mixtral`, and "
+            "to no other",
+            architecture=self.architecture,
+            num_local_experts=experts,
+            num_experts_per_tok=per_token,
+        )
+        _require(
+            experts is None or per_token is None or 0 < per_token <= experts,
+            "`num_experts_per_tok` must be at least 1 and at most `num_local_experts`",
+            num_local_experts=experts,
+            num_experts_per_tok=per_token,
         )
         _require(self.head_dim % 2 == 0, "`head_dim` must be even (rotary)", head_dim=self.head_dim)
 
@@ -87,17 +107,34 @@ class ModelSpec:
         return self.architecture == "qwen2"
 
     @property
+    def router_parameters(self) -> int:
+        """Parameters of one layer's router, 0 without experts."""
+        return (self.num_local_experts or 0) * self.hidden_size
+
+    @property
     def layer_parameters(self) -> int:
-        """Parameters of one layer, its two norms included."""
-        hidden, qkv = self.hidden_size, self.qo_size + 2 * self.kv_size
-        attention = hidden * qkv + self.qo_size * hidden + (qkv if self.has_qkv_bias else 0)
-        return attention + 3 * hidden * self.intermediate_size + 2 * hidden
+        """Parameters of one layer, its two norms and all its experts included."""
+        return self._layer_parameters(self.num_local_experts or 1)
 
     @property
     def num_parameters(self) -> int:
         """Parameters of the whole model, counted from its shapes."""
+        return self._model_parameters(self.layer_parameters)
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Parameters that one token meets: of the experts, those that it is routed to."""
+        return self._model_parameters(self._layer_parameters(self.num_experts_per_tok or 1))
+
+    def _layer_parameters(self, num_experts: int) -> int:
+        hidden, qkv = self.hidden_size, self.qo_size + 2 * self.kv_size
+        attention = hidden * qkv + self.qo_size * hidden + (qkv if self.has_qkv_bias else 0)
+        experts = num_experts * 3 * hidden * self.intermediate_size
+        return attention + self.router_parameters + experts + 2 * hidden
+
+    def _model_parameters(self, layer_parameters: int) -> int:
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * self.layer_parameters + embeddings + self.hidden_size
+        return self.num_hidden_layers * layer_parameters + embeddings + self.hidden_size
 
     @property
     def weight_bytes(self) -> int:

@@ -68,21 +68,31 @@ def test_configurations_saved_by_transformers(folder):
     for cls, architecture in (
         (transformers.LlamaConfig, "llama"),
         (transformers.Qwen2Config, "qwen2"),
+        (transformers.MixtralConfig, "mixtral"),
     ):
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps(cls(**sizes).to_dict(), default=str))
         model = load_model(folder)
         assert (model.architecture, model.num_key_value_heads) == (architecture, 2)
         assert (model.num_hidden_layers, model.head_dim) == (3, 16)
+        experts = (8, 2) if architecture == "mixtral" else (None, None)
+        assert (model.num_local_experts, model.num_experts_per_tok) == experts
+
+
+def test_experts_are_read_and_a_dense_model_has_none(folder):
+    config = {"model_type": "mixtral", "num_local_experts": 16, "num_experts_per_tok": 4}
+    model = load_model(write_config(folder, architectures=None, **config, sliding_window=None))
+    assert (model.num_local_experts, model.num_experts_per_tok) == (16, 4)
+    assert load_model(write_config(folder)).num_local_experts is None
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
-            {"architectures": ["MixtralForCausalLM"]},
-            "architecture MixtralForCausalLM is not supported; "
-            "supported are LlamaForCausalLM, Qwen2ForCausalLM",
+            {"architectures": ["PhiForCausalLM"]},
+            "architecture PhiForCausalLM is not supported; "
+            "supported are LlamaForCausalLM, Qwen2ForCausalLM, MixtralForCausalLM",
         ),
         ({"architectures": None, "model_type": "gpt2"}, "architecture model_type gpt2 is not"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rotary scaling of type 'llama3' is not"),
@@ -108,6 +118,15 @@ def test_configurations_saved_by_transformers(folder):
         ({"hidden_size": "256"}, "hidden_size='256'"),
         ({"vocab_size": True}, "`vocab_size`: must be a whole number, but got True"),
         ({"torch_dtype": "int8"}, "`torch_dtype`: must be one of bfloat16, float16, float32"),
+        ({"architectures": ["MixtralForCausalLM"], "num_local_experts": 1}, "at most `num_local"),
+        (
+            {"architectures": ["MixtralForCausalLM"], "num_local_experts": None},
+            r"belong to `architecture: mixtral`.*num_local_experts=None",
+        ),
+        (
+            {"architectures": ["MixtralForCausalLM"], "attention_bias": True},
+            "`attention_bias: true` is not supported yet",
+        ),
         ({"num_key_value_heads": 3}, "must be a multiple of `num_key_value_heads`"),
     ],
 )

@@ -41,7 +41,8 @@ def write_model(path, **changes):
 
 def test_known_lists_what_the_design_asks_for():
     assert set(known("models")) >= {
-        *("llama2-70b", "llama3-70b", "llama3-8b", "qwen2-72b", "deepseek-67b", "tiny-llama"),
+        *("llama2-70b", "llama3-70b", "llama3-8b", "qwen2-72b", "deepseek-67b", "mixtral-8x7b"),
+        "tiny-llama",
     }
     assert set(known("hardware")) == {
         *("v100", "a100-40", "a100-80", "h100", "h200", "b100", "b200", "ada6000"),
@@ -71,10 +72,40 @@ def test_shipped_specs_load_under_their_file_name_and_round_trip(kind, name, tmp
         ("llama3-8b", 8.03),
         ("qwen2-72b", 72.71),
         ("deepseek-67b", 67.42),
+        ("mixtral-8x7b", 46.70),
     ],
 )
 def test_shipped_models_have_their_published_number_of_parameters(name, billions):
     assert load_model(name).num_parameters / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_a_token_meets_two_experts_of_mixtral_and_all_of_a_dense_model():
+    mixtral, dense = load_model("mixtral-8x7b"), load_model("llama3-8b")
+    assert mixtral.num_active_parameters / 1e9 == pytest.approx(12.88, abs=0.01)
+    idle = 32 * 6 * 3 * 4096 * 14336
+    assert mixtral.num_parameters - mixtral.num_active_parameters == idle
+    assert dense.num_active_parameters == dense.num_parameters
+
+
+def test_a_dense_models_hash_does_not_know_of_experts():
+    assert "num_local_experts" not in to_mapping(TINY)
+    assert to_mapping(load_model("mixtral-8x7b"))["num_local_experts"] == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_local_experts": 8}, "belong to `architecture: mixtral`, and to no other"),
+        ({"architecture": "mixtral"}, "belong to `architecture: mixtral`"),
+        (
+            {"architecture": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3},
+            "at least 1 and at most `num_local_experts`, but got num_local_experts=2",
+        ),
+    ],
+)
+def test_experts_that_do_not_go_together_are_refused(tmp_path, changes, message):
+    with pytest.raises(SpecError, match=message):
+        load_model(write_model(tmp_path / "m.yaml", **changes))
 
 
 @pytest.mark.parametrize("hardware", known("hardware"))
@@ -139,7 +170,10 @@ def test_unknown_names_list_the_known_and_the_closest():
         ({"rope_theta": 10**400}, "`rope_theta`: must be a finite number, but got 1000"),
         ({"name": 8}, r"`name`: must be text \(quote it\), but got 8 \(int\)"),
         ({"tie_word_embeddings": 1}, "`tie_word_embeddings`: must be true or false, but got 1"),
-        ({"architecture": "gpt2"}, "`architecture`: must be one of llama, qwen2, but got 'gpt2'"),
+        (
+            {"architecture": "gpt2"},
+            "`architecture`: must be one of llama, qwen2, mixtral, but got 'gpt2'",
+        ),
         ({"hidden_size": -1}, "`hidden_size` must be positive, but got"),
     ],
 )
