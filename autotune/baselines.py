@@ -1,10 +1,13 @@
 """Schedules that need no search: what every tuned plan is raced against.
 
-sequential   one nano-batch, one lane, all SMs, the fastest variant of each op
+sequential   one nano-batch, one lane, all SMs, the fastest variant of each op; a collective takes
+             copy engines where that is faster, the longer norm behind them included
 nano_only    two nano-batches, one lane: what splitting alone costs
 equal_split  two equal nano-batches, the SMs halved between compute and the rest
 ping_pong    the family around it: one nano-batch computes while the other one's attention and
-             collectives run; the refinement moves within this family
+             collectives run; the refinement moves within this family. With collectives that take
+             no SMs it has two members more: attention alone gives up SMs, or nothing does and all
+             computation, attention included, alternates on the whole GPU
 """
 
 from __future__ import annotations
@@ -13,15 +16,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..runtime.op_graph import OpGraph, RowMix
+from ..runtime.op_graph import Op, OpGraph, RowMix
 from ..runtime.plan import Schedule
 from ..search_spaces.schema import HardwareSpec, RowOrder, SearchSpace
+from .copy_transport import norm_behind
 from .cost_model import CostModel
 from .patterns import (
     COMPUTE,
     MEMORY,
     NETWORK,
     Placed,
+    batch_mix,
     build_schedule,
     legal_shares,
     macro_ops,
@@ -29,7 +34,7 @@ from .patterns import (
     total_tokens,
 )
 
-PingPongOrder = Literal["blocks", "interleaved"]
+PingPongOrder = Literal["blocks", "interleaved", "alternating"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +46,13 @@ class PingPongChoice:
     row_order: RowOrder
     compute_sms: int
     memory_sms: int
+    """All SMs: decode attention runs on the compute lane, beside collectives only."""
     network_sms: int
+    """0: collectives take no SMs, so that the compute lane may have all of them."""
     order: PingPongOrder = "blocks"
     """`blocks`: a nano-batch computes from its output projection through the next layer's KQV in
-    one go. `interleaved`: the two take turns after every collective or attention."""
+    one go. `interleaved`: the two take turns after every collective or attention. `alternating`:
+    after every collective, for decode attention on the compute lane."""
     variants: Mapping[str, str] = field(default_factory=dict[str, str])
     """Kernel variant by op name; the fastest where an op is not named."""
 
@@ -71,13 +79,39 @@ def _one_lane(
     row_order: RowOrder,
 ) -> Schedule:
     batches = split_batches(sizes, row_order, mix)
-    num_sms = cost_model.hardware.num_sms
     placed = [
-        Placed(macro=macro, batch=batch, stage=0, num_sms=num_sms)
-        for macro in range(len(macro_ops(graph)))
+        Placed(
+            macro=index,
+            batch=batch,
+            stage=0,
+            num_sms=_whole_share(macro.ops[0], graph, cost_model, batch_mix(batches[batch], mix)),
+        )
+        for index, macro in enumerate(macro_ops(graph))
         for batch in range(len(batches))
     ]
     return build_schedule(name, cost_model, graph, mix, batches, placed, single_lane=True)
+
+
+def _whole_share(op: Op, graph: OpGraph, cost_model: CostModel, rows: RowMix) -> int:
+    """All SMs, or 0 for a collective that is faster on none, the sum in its norm included."""
+    num_sms = cost_model.hardware.num_sms
+    if op.kind != "all_reduce" or not cost_model.variants(op, 0):
+        return num_sms
+    sum_us = cost_model.sum_us(norm_behind(op, graph), graph.tp_degree, rows)
+    free_us = cost_model.best(op, rows, 0)[1].us + sum_us
+    return 0 if free_us < cost_model.best(op, rows, num_sms)[1].us else num_sms
+
+
+def whole_gpu_choice(first_tokens: int, row_order: RowOrder, num_sms: int) -> PingPongChoice:
+    """Ping-pong that gives up no SMs: two nano-batches alternate on all, collectives take none."""
+    return PingPongChoice(
+        first_tokens=first_tokens,
+        row_order=row_order,
+        compute_sms=num_sms,
+        memory_sms=num_sms,
+        network_sms=0,
+        order="alternating",
+    )
 
 
 def equal_split(graph: OpGraph, cost_model: CostModel, mix: RowMix, space: SearchSpace) -> Schedule:
@@ -124,7 +158,8 @@ def ping_pong(
         NETWORK: choice.network_sms,
     }
     macros = macro_ops(graph)
-    period = _blocks(graph) if choice.order == "blocks" else _interleaved(graph)
+    orders = {"blocks": _blocks, "interleaved": _interleaved, "alternating": _alternating}
+    period = orders[choice.order](graph)
     placed = [
         Placed(macro=macro, batch=batch, stage=stage, num_sms=shares[macros[macro].lane])
         for macro, batch, stage in period
@@ -172,3 +207,14 @@ def _interleaved(graph: OpGraph) -> list[tuple[int, int, int]]:
     period = [(index, 0, 1) for index in output] + [(index, 1, 1) for index in head]
     period += [(index, 0, 1) for index in ffn] + [(index, 1, 1) for index in output]
     return period + [(index, 0, 0) for index in head] + [(index, 1, 1) for index in ffn]
+
+
+def _alternating(graph: OpGraph) -> list[tuple[int, int, int]]:
+    """(macro, nano-batch, stage): all up to o A, the same of B, ffn A, ffn B.
+
+    Each collective runs beside the block of the other nano-batch that follows.
+    """
+    head, output, ffn = _phases(graph)
+    return [
+        (index, batch, 0) for block in (head + output, ffn) for batch in (0, 1) for index in block
+    ]

@@ -6,6 +6,8 @@ Three sources, best first, and every figure says which one it is from:
     interpolated  between or beyond the profile's points of this kernel, or carried over from the
                   nearest measured shape by its utilisation (measured time / roofline time)
     roofline      nothing of this kind was measured
+
+Variants that take no SMs run on a share of 0, and only they do; all others need more than 0.
 """
 
 from __future__ import annotations
@@ -20,14 +22,12 @@ from typing import cast
 from ..profiler.profile import EnergyModel, PairRow, Point, Profile, Row, Source
 from ..runtime.op_graph import Op, OpGraph, OpKind, RowMix
 from ..runtime.op_shapes import RESOURCE_OF_KIND, moved_bytes, op_of_shape
+from ..runtime.plan import SM_FREE_VARIANTS
 from ..search_spaces.schema import DTYPE_BYTES, Dtype, HardwareSpec
 from .composed_rows import with_composed_rows
+from .copy_transport import as_sent, summing
 from .kernel_grid import KernelGrid
-from .roofline import (
-    memory_share,
-    roofline_us,
-    shape_distance,
-)
+from .roofline import memory_share, roofline_us, shape_distance
 
 DEFAULT_VARIANTS: dict[OpKind, str] = {
     "gemm": "cublas",
@@ -75,20 +75,39 @@ class CostModel:
         self._nearest_shape = cache(self._find_nearest_shape)
 
     def estimate(self, op: Op, mix: RowMix, num_sms: int, variant: str) -> Estimate:
-        """Time and energy of one variant on `num_sms` SMs, alone on the GPU."""
+        """Time and energy of one variant on `num_sms` SMs, alone on the GPU.
+
+        An op with more row elements than its shape has (`copy_transport.summing`) takes longer in
+        proportion to its bytes.
+        """
         rows, context = op.rows(mix), op.context(mix)
         if rows <= 0:
             return NO_WORK
-        key = (op.kind, op.shape, rows, context, num_sms, variant)
+        key = (op.kind, op.shape, op.row_elements, rows, context, num_sms, variant)
         if key not in self._estimates:
             self._estimates[key] = self._estimate(op, mix, rows, context, num_sms, variant)
         return self._estimates[key]
 
     def best(self, op: Op, mix: RowMix, num_sms: int) -> tuple[str, Estimate]:
-        """The fastest variant at that share, and its cost."""
-        options = [(self.estimate(op, mix, num_sms, name), name) for name in self.variants(op)]
+        """The fastest variant at that share, and its cost.
+
+        Raises:
+            ValueError: a share of 0 for an op of which no variant goes without SMs.
+        """
+        names = self.variants(op, num_sms)
+        if not names:
+            raise ValueError(
+                f"a share of 0 is for variants that take no SMs ({', '.join(SM_FREE_VARIANTS)}), "
+                f"but none of {op.name} is in the profile; give it SMs"
+            )
+        options = [(self.estimate(op, mix, num_sms, name), name) for name in names]
         estimate, variant = min(options, key=lambda option: (option[0].us, option[1]))
         return variant, estimate
+
+    def sum_us(self, norm: Op, num_ranks: int, mix: RowMix) -> float:
+        """Time that a norm on all SMs takes longer when it adds what the peers sent."""
+        num_sms, longer = self.hardware.num_sms, summing(norm, num_ranks)
+        return self.best(longer, mix, num_sms)[1].us - self.best(norm, mix, num_sms)[1].us
 
     def iteration_overhead(self, graph: OpGraph, mix: RowMix) -> Estimate:
         """Embedding, final norm, LM head and sampling: what an iteration has beyond its layers.
@@ -108,15 +127,28 @@ class CostModel:
         """Time of an iteration beyond its layers, in us."""
         return self.iteration_overhead(graph, mix).us
 
-    def _variants(self, op: Op) -> tuple[str, ...]:
-        """Variants with measured rows, of this shape or, failing that, of any shape of the kind."""
-        known = {key[2] for key in self._grids if key[:2] == (op.kind, op.shape)}
-        known = known or {key[2] for key in self._grids if key[0] == op.kind}
+    def _variants(self, op: Op, num_sms: int) -> tuple[str, ...]:
+        """Variants with measured rows, of this shape or, failing that, of any shape of the kind.
+
+        On a share of 0 those that take no SMs, perhaps none; the others on any other share. A
+        collective on fewer SMs than it was measured on is left out: its blocks, up to that many,
+        make it the variant with fewer blocks there.
+        """
+        grids = {key: grid for key, grid in self._grids.items() if key[0] == op.kind}
+        grids = {key: grid for key, grid in grids.items() if key[1] == op.shape} or grids
+        free = {key[2] for key in grids if key[2] in SM_FREE_VARIANTS}
+        if num_sms == 0:
+            return tuple(sorted(free))
+        known = {key[2] for key in grids} - free
+        if op.kind == "all_reduce":
+            fitting = {key[2] for key, grid in grids.items() if grid.least_share <= num_sms}
+            known = known & fitting or known
         return tuple(sorted(known)) or (DEFAULT_VARIANTS.get(op.kind, "triton"),)
 
     def _estimate(
         self, op: Op, mix: RowMix, rows: float, context: float, num_sms: int, variant: str
     ) -> Estimate:
+        op = as_sent(op, variant)
         kv_len = _profile_kv_len(op.kind, context)
         shape = self._nearest_shape(op.kind, op.shape, variant)
         target_us = roofline_us(op, mix, num_sms, self.hardware, self.dtype)
@@ -124,8 +156,9 @@ class CostModel:
             return Estimate(target_us, self._joules(op, mix, target_us, variant), "roofline")
         grid = self._grids[op.kind, shape, variant]
         time = grid.time(rows, kv_len, num_sms)
-        if shape != op.shape:
-            twin_us = self._roofline_at(op.kind, shape, rows, kv_len, num_sms)
+        twin = self._profiled_op(op.kind, shape, variant)
+        if shape != op.shape or (op.kind == "norm" and twin.row_elements != op.row_elements):
+            twin_us = self._roofline_at(twin, rows, kv_len, num_sms)
             us = time.us * target_us / twin_us
             return Estimate(us, self._joules(op, mix, us, variant), "interpolated")
         if not time.is_measured:
@@ -146,18 +179,22 @@ class CostModel:
         rows = defaultdict[tuple[OpKind, str, str], list[Row]](list)
         for row in self.profile.usable_rows if self.profile else ():
             point = row.point
-            rows[cast(OpKind, point.kind), point.shape, point.variant].append(row)
+            if (point.variant in SM_FREE_VARIANTS) == (point.num_sms == 0):
+                rows[cast(OpKind, point.kind), point.shape, point.variant].append(row)
         return {
-            (kind, shape, variant): KernelGrid(group, partial(self._roofline_at, kind, shape))
-            for (kind, shape, variant), group in rows.items()
+            key: KernelGrid(group, partial(self._roofline_at, self._profiled_op(*key)))
+            for key, group in rows.items()
         }
 
-    def _roofline_at(
-        self, kind: OpKind, shape: str, rows: float, kv_len: float, num_sms: int
-    ) -> float:
+    def _profiled_op(self, kind: OpKind, shape: str, variant: str) -> Op:
+        """The op that the rows of a profile are about."""
+        return as_sent(
+            self._op_of_shape(kind, shape, DTYPE_BYTES[cast(Dtype, self.dtype)]), variant
+        )
+
+    def _roofline_at(self, op: Op, rows: float, kv_len: float, num_sms: int) -> float:
         """Roofline time of a profiled kernel at any point, in us."""
-        op = self._op_of_shape(kind, shape, DTYPE_BYTES[cast(Dtype, self.dtype)])
-        mix = mix_of_rows(kind, rows, kv_len)
+        mix = mix_of_rows(op.kind, rows, kv_len)
         return roofline_us(op, mix, num_sms, self.hardware, self.dtype)
 
     def _find_nearest_shape(self, kind: OpKind, shape: str, variant: str) -> str | None:
@@ -170,22 +207,40 @@ class CostModel:
         """Time of A beside B / time of A alone on the same SMs.
 
         The measured pair of these kinds with the nearest shares, else of these resources, else
-        what sharing the memory bandwidth costs when both are bound by it.
+        what sharing the memory bandwidth costs when both are bound by it. A transport on a share
+        of 0 is like pairs with a share of 0 only. Without any, it and what runs beside it share
+        the bandwidth as if they were bound by it, where copies at full speed draw twice the
+        link's: 1.19 at most on an H200, which a GEMM should rather stay below.
         """
         resources = RESOURCE_OF_KIND[op_a.kind], RESOURCE_OF_KIND[op_b.kind]
-        measured = self._pairs.get((op_a.kind, op_b.kind)) or self._pairs.get(resources)
+        places = num_sms_a, num_sms_b
+        measured = self._like((op_a.kind, op_b.kind), places) or self._like(resources, places)
         if not measured:
-            if resources != ("memory", "memory"):
+            if resources != ("memory", "memory") and 0 not in places:
                 return 1.0
-            shares = (memory_share(sms, self.hardware) for sms in (num_sms_a, num_sms_b))
-            return max(1.0, sum(shares))
+            return max(1.0, sum(memory_share(sms, self.hardware) for sms in places))
         distances = [
-            (abs(log(num_sms_a / sms_a)) + abs(log(num_sms_b / sms_b)), slowdown)
+            (_share_distance(num_sms_a, sms_a) + _share_distance(num_sms_b, sms_b), slowdown)
             for sms_a, sms_b, slowdown in measured
         ]
         nearest = min(distance for distance, _ in distances)
         close = [slowdown for distance, slowdown in distances if distance <= nearest + 1e-9]
         return sum(close) / len(close)
+
+    def _like(
+        self, kinds: tuple[str, str], places: tuple[int, int]
+    ) -> list[tuple[int, int, float]]:
+        """Measured pairs of two kinds or resources, with SMs and without them where asked so."""
+        return [
+            pair
+            for pair in self._pairs.get(kinds, ())
+            if (pair[0] > 0, pair[1] > 0) == (places[0] > 0, places[1] > 0)
+        ]
+
+
+def _share_distance(a: int, b: int) -> float:
+    """How different two shares are, by ratio; a share of 0 is only ever compared with itself."""
+    return 0.0 if a == b else abs(log(a / b))
 
 
 def energy_model(profile: Profile | None, hardware: HardwareSpec) -> EnergyModel | None:

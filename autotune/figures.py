@@ -153,7 +153,8 @@ def _label(axes: Axes, bar: Bar, lane: int, end_us: float) -> None:
     width_chars = bar.duration_us / end_us * 170
     short = SHORT.get(bar.op, bar.op)
     suffix = str(bar.nano_batch + 1)
-    for text in (f"{short} {suffix} · {bar.num_sms} SMs", f"{short} {suffix}", short):
+    share = f"{bar.num_sms or 'no'} SMs"
+    for text in (f"{short} {suffix} · {share}", f"{short} {suffix}", short):
         if len(text) + 0.8 <= width_chars:
             middle = (bar.start_us + bar.end_us) / 2e3
             ink = "white" if bar.nano_batch % 2 == 0 else INK

@@ -47,6 +47,8 @@ class KernelGrid:
         self._columns = columns
         """KV length -> tokens -> shares, each in order."""
         self._kv_lens = tuple(sorted(columns))
+        self.least_share = min((num_sms for _, _, num_sms in self.rows), default=0)
+        """Smallest share that was measured; 0 for kernels that take no SMs."""
 
     def time(self, tokens: float, kv_len: float, num_sms: int) -> GridTime:
         """Time of the kernel there, in us."""

@@ -8,7 +8,8 @@ SM share of each, for the shortest period of the repeating layer pattern.
     y_g, x_ia                          1: split g is taken; 1: node i runs on share a
     w_iga = r y_g x_ia                 as sum_a w_iga = r_g, sum_g r_g = r, r_g <= R_g y_g,
                                        sum_g w_iga <= R x_ia: exact for binary x and y
-    delta_i = sum_ga D_iga w_iga       duration of node i as a part of the period
+    delta_i = sum_ga D_iga w_iga       duration of node i as a part of the period; plus E_ijg w_jg0
+                                       where collective j takes no SMs and leaves its sum to i
     s_j + distance >= s_i + delta_i    j waits for i, `distance` layers back
     s_i + delta_i <= s_j + m_ij        nodes that must not overlap: an integer m_ij of periods puts
     s_j + m_ij + delta_j <= s_i + 1    j behind i and before the next i
@@ -80,7 +81,7 @@ class Model:
         self.num_nodes = len(instance.lanes)
         self.nodes, self.splits = range(self.num_nodes), range(instance.num_splits)
         self.distance = _path_distances(instance)
-        self.unit_us = max(_area_us(instance, split) for split in self.splits)
+        self.unit_us = max(_sequential_us(instance, split) for split in self.splits)
         self.max_rate = [self.unit_us / _least_us(instance, split) for split in self.splits]
         self.problem: Any = pulp.LpProblem("period", pulp.LpMaximize)
         self.num_integers = 0
@@ -108,6 +109,7 @@ class Model:
         self.x: list[dict[int, Any]] = []
         self.delta: list[Any] = []
         self.area: list[Any] = []
+        free: dict[tuple[int, int], Any] = {}
         for g in self.splits:
             self._add(rates[g] <= self.max_rate[g] * self.y[g])
             self._add(rates[g] >= self.y[g] / MAX_PERIOD)
@@ -124,12 +126,16 @@ class Model:
                 self._add(pulp.lpSum(w[g, a] for a in shares) == rates[g])
             for a in shares:
                 self._add(pulp.lpSum(w[g, a] for g in self.splits) <= best * x[a])
+            free |= {(i, g): w[g, 0] for g in self.splits if 0 in shares}
             part = {key: instance.duration_us[i, *key] / self.unit_us for key in w}
             self.x.append(x)
             self.delta.append(pulp.lpSum(part[key] * w[key] for key in w if part[key]))
             self.area.append(
                 pulp.lpSum(key[1] / instance.num_sms * part[key] * w[key] for key in w if part[key])
             )
+
+        for (i, j, g), us in instance.sum_us.items():
+            self.delta[i] += us / self.unit_us * free[j, g]
 
     def _add_dependencies(self) -> None:
         """Node 0 starts the period; every other root starts within it."""
@@ -258,7 +264,8 @@ class Model:
         )
         bound_rate = max(self.max_rate)
         if name == "HiGHS":
-            bound_rate = min(bound_rate, -self.problem.solverModel.getInfo().mip_dual_bound)
+            proved_rate = -self.problem.solverModel.getInfo().mip_dual_bound
+            bound_rate = min(bound_rate, proved_rate) if proved_rate > 0 else bound_rate
         rate = self.rate.varValue if has_solution else 0.0
         period_us = self.unit_us / rate if rate else 0.0
         bound_us = self.unit_us / bound_rate
@@ -322,6 +329,14 @@ def _path_distances(instance: Instance) -> list[list[float]]:
             for j in nodes:
                 distance[i][j] = min(distance[i][j], distance[i][k] + distance[k][j])
     return distance
+
+
+def _sequential_us(instance: Instance, split: int) -> float:
+    """All nodes one after the other, each on its fastest share."""
+    return sum(
+        min(instance.duration_us[i, split, a] for a in shares)
+        for i, shares in enumerate(instance.shares)
+    )
 
 
 def _area_us(instance: Instance, split: int) -> float:

@@ -9,7 +9,7 @@ The refinement looks between them.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 
@@ -17,8 +17,19 @@ from ..runtime.op_graph import GEMM_KINDS, Op, OpGraph, RowMix
 from ..runtime.plan import NanoBatch
 from ..search_spaces.schema import HardwareSpec, RowOrder, SearchSpace
 from .bounds import power_floor_us
+from .copy_transport import norm_behind
 from .cost_model import CostModel
-from .patterns import COMPUTE, MacroOp, batch_mix, lane_of, legal_shares, macro_ops, split_batches
+from .patterns import (
+    COMPUTE,
+    NETWORK,
+    MacroOp,
+    batch_mix,
+    has_sm_free,
+    lane_of,
+    legal_shares,
+    macro_ops,
+    split_batches,
+)
 from .simulator import SYNC_US
 
 MAX_FIRST_SIZES = 7
@@ -66,6 +77,11 @@ class Instance:
     """(node, split, share) -> us; 0 when the node has no rows."""
     floor_us: tuple[float, ...]
     """Least period of each split that the power cap allows."""
+    sum_us: dict[tuple[int, int, int], float] = field(
+        default_factory=dict[tuple[int, int, int], float]
+    )
+    """(node, collective's node, split) -> us that the node takes longer when the collective takes
+    no SMs and leaves the sum to it."""
 
 
 def split_candidates(space: SearchSpace, mix: RowMix, least_batches: int = 1) -> tuple[Split, ...]:
@@ -109,15 +125,22 @@ def _compositions(total: int, step: int, count: int) -> list[tuple[int, ...]]:
 
 
 def lane_shares(
-    lane: str, hardware: HardwareSpec, space: SearchSpace, wanted: Collection[int] = ()
+    lane: str,
+    hardware: HardwareSpec,
+    space: SearchSpace,
+    wanted: Collection[int] = (),
+    is_sm_free: bool = False,
 ) -> tuple[int, ...]:
     """Shares offered: the largest for compute, the smallest beside it, those wanted, all SMs.
+
+    For collectives also none where they can do without.
 
     Compute has as many as the lanes beside it, so that complements stay complements.
     """
     legal = legal_shares(lane, hardware, space)
     kept = legal[-MAX_SHARES:] if lane == COMPUTE else legal[:MAX_SHARES]
-    return tuple(sorted({*kept, *wanted, hardware.num_sms}))
+    free = {0} if lane == NETWORK and is_sm_free else set[int]()
+    return tuple(sorted({*free, *kept, *wanted, hardware.num_sms}))
 
 
 def build_instance(
@@ -141,8 +164,14 @@ def build_instance(
     macros, num_sms = macro_ops(graph), cost_model.hardware.num_sms
     num_batches = len(splits[0].sizes)
     hardware = cost_model.hardware
-    shares = {m.lane: lane_shares(m.lane, hardware, space, wanted.get(m.lane, ())) for m in macros}
+    is_free = has_sm_free(graph, cost_model)
+    shares = {
+        m.lane: lane_shares(m.lane, hardware, space, wanted.get(m.lane, ()), is_free)
+        for m in macros
+    }
     duration_us: dict[tuple[int, int, int], float] = {}
+    sum_us: dict[tuple[int, int, int], float] = {}
+    sums = _sums(macros, graph) if is_free else {}
     floors_us: list[float] = []
     for split_index, split in enumerate(splits):
         held = split_batches(split.sizes, split.row_order, mix)
@@ -155,6 +184,11 @@ def build_instance(
                 for share in shares[macro.lane]:
                     key = node, split_index, share
                     duration_us[key] = _macro_us(macro, batch, mix, share, cost_model, graph)
+            for collective, (macro_index, norm) in sums.items():
+                first = batch_index * len(macros)
+                key = first + macro_index, first + collective, split_index
+                rows = batch_mix(batch, mix) if batch else None
+                sum_us[key] = cost_model.sum_us(norm, graph.tp_degree, rows) if rows else 0.0
     return Instance(
         num_sms=num_sms,
         lanes=tuple(macro.lane for macro in macros) * num_batches,
@@ -163,7 +197,19 @@ def build_instance(
         num_splits=len(splits),
         duration_us=duration_us,
         floor_us=tuple(floors_us),
+        sum_us=sum_us,
     )
+
+
+def _sums(macros: Sequence[MacroOp], graph: OpGraph) -> dict[int, tuple[int, Op]]:
+    """Collective -> (macro op with the norm behind it, the norm)."""
+    home = {op.name: index for index, macro in enumerate(macros) for op in macro.ops}
+    found: dict[int, tuple[int, Op]] = {}
+    for index, macro in enumerate(macros):
+        if macro.lane == NETWORK:
+            norm = norm_behind(macro.ops[-1], graph)
+            found[index] = home[norm.name], norm
+    return found
 
 
 def _edges(macros: Sequence[MacroOp], num_batches: int) -> list[Edge]:
@@ -213,7 +259,7 @@ def _macro_us(
     for op in macro.ops:
         us = cost_model.best(op, rows, share)[1].us
         total_us += us * mean_slowdown(op, share, cost_model, graph)
-    is_alone = share == cost_model.hardware.num_sms and macro.lane == COMPUTE
+    is_alone = share == cost_model.hardware.num_sms and macro.lane != NETWORK
     return total_us + (SYNC_US if total_us and not is_alone else 0.0)
 
 

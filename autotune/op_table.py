@@ -15,6 +15,7 @@ from ..runtime.op_shapes import shape_numbers
 from ..runtime.plan import Schedule
 from ..runtime.schedule import row_mix
 from ..search_spaces.schema import HardwareSpec
+from .copy_transport import ops_as_run
 from .cost_model import CostModel
 from .figures import Chosen, Curve
 from .trace import Bar
@@ -101,8 +102,8 @@ def op_rows(
     for bar in bars:
         durations[bar.name].append(bar.duration_us)
     rows: list[OpRow] = []
-    for name, nano_op in zip(schedule.ids, schedule.nano_ops, strict=True):
-        op = graph.op(nano_op.op)
+    ops = ops_as_run(schedule, graph)
+    for name, nano_op, op in zip(schedule.ids, schedule.nano_ops, ops, strict=True):
         part = _part(schedule, nano_op.tokens, mix)
         alone = cost_model.estimate(op, part, nano_op.num_sms, nano_op.variant)
         played = durations.get(name)
@@ -167,7 +168,7 @@ def curves(
 def _shares(op: Op, cost_model: CostModel) -> list[int]:
     """Shares that the profile has of this kind of op, else every eighth."""
     rows = cost_model.profile.usable_rows if cost_model.profile else ()
-    measured = {row.point.num_sms for row in rows if row.point.kind == op.kind}
+    measured = {row.point.num_sms for row in rows if row.point.kind == op.kind} - {0}
     num_sms = cost_model.hardware.num_sms
     return sorted({*(measured or range(8, num_sms, 8)), num_sms})
 
@@ -179,8 +180,8 @@ def _chosen(
     marks: dict[tuple[str, int], Chosen] = {}
     for title, schedule in schedules.items():
         for nano_op in schedule.nano_ops:
-            if nano_op.op not in by_name:
-                continue
+            if nano_op.op not in by_name or nano_op.num_sms == 0:
+                continue  # what takes no SMs has no place on a curve over SMs
             op, part = by_name[nano_op.op], _part(schedule, nano_op.tokens, mix)
             us = cost_model.estimate(op, part, nano_op.num_sms, nano_op.variant).us
             reached = throughput(op, part, us)[0]

@@ -97,8 +97,8 @@ class PaperCosts(CostModel):
             return rows / (TABLE_2_ROWS - TABLE_2_DECODES)
         return rows / TABLE_2_ROWS
 
-    def _variants(self, op: Op) -> tuple[str, ...]:
-        return ("paper",)
+    def _variants(self, op: Op, num_sms: int) -> tuple[str, ...]:
+        return ("paper",) if num_sms else ()
 
     def _slowdown(self, op_a: Op, num_sms_a: int, op_b: Op, num_sms_b: int) -> float:
         return 1.0

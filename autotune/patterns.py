@@ -7,7 +7,8 @@ The search places macro ops; a schedule lists their ops. A macro op holds at mos
     (all-reduce)
 
 Lanes: `compute` for everything that is neither decode attention (`memory`) nor a collective
-(`network`).
+(`network`). Decode attention on all SMs is on the compute lane too: beside it nothing could run
+but what takes no SMs.
 """
 
 from __future__ import annotations
@@ -26,16 +27,27 @@ from .cost_model import CostModel
 COMPUTE, MEMORY, NETWORK = "compute", "memory", "network"
 
 
-def legal_shares(lane: Lane, hardware: HardwareSpec, space: SearchSpace) -> list[int]:
+def has_sm_free(graph: OpGraph, cost_model: CostModel) -> bool:
+    """Whether the collectives of a layer can go without SMs, as far as the profile knows."""
+    collectives = [op for op in graph.layer if op.kind == "all_reduce"]
+    return bool(collectives) and all(cost_model.variants(op, 0) for op in collectives)
+
+
+def legal_shares(
+    lane: Lane, hardware: HardwareSpec, space: SearchSpace, is_sm_free: bool = False
+) -> list[int]:
     """Shares of the space that this GPU can make, for a lane that runs beside others.
 
     At most half of the SMs beside the compute lane, and the half, rounded to the granularity,
-    where the space offers none; at least half on the compute lane, complements included.
+    where the space offers none; at least half on the compute lane, complements included. The
+    network lane may take 0 where its collectives can go without SMs.
     """
     total, step = hardware.num_sms, hardware.sm_granularity
     offered = space.network_sm_shares if lane == NETWORK else space.sm_shares
     legal = [s for s in offered if s < total and (s % step == 0 or (total - s) % step == 0)]
     side = sorted({s for s in legal if 2 * s <= total} or {max(step, total // 2 // step * step)})
+    if lane == NETWORK and is_sm_free:
+        return [0, *side]
     if lane != COMPUTE:
         return side
     return sorted({s for s in legal if 2 * s >= total} | {total - s for s in side})
@@ -164,29 +176,32 @@ def build_schedule(
 ) -> Schedule:
     """Write down one period, each op with its fastest variant unless `variants` names one.
 
-    What could run at once on too many SMs is put in order with `after`.
+    A variant that cannot run on the op's share is not taken. What could run at once on too many
+    SMs is put in order with `after`.
     """
     macros, chosen = macro_ops(graph), variants or {}
+    num_sms = cost_model.hardware.num_sms
     nano_ops: list[NanoOp] = []
     for place in placed:
         macro, batch = macros[place.macro], batches[place.batch]
         rows = batch_mix(batch, mix)
+        is_whole = macro.lane == MEMORY and place.num_sms == num_sms
         for op in macro.ops:
-            variant = chosen.get(op.name) or cost_model.best(op, rows, place.num_sms)[0]
+            variant = chosen.get(op.name)
+            if variant is None or variant not in cost_model.variants(op, place.num_sms):
+                variant = cost_model.best(op, rows, place.num_sms)[0]
             nano_ops.append(
                 NanoOp(
                     op=op.name,
                     tokens=batch.tokens,
-                    lane=COMPUTE if single_lane else macro.lane,
+                    lane=COMPUTE if single_lane or is_whole else macro.lane,
                     num_sms=place.num_sms,
                     variant=variant,
                     stage=place.stage,
                 )
             )
     schedule = Schedule(name=name, nano_batches=batches, nano_ops=tuple(nano_ops))
-    return serialize_conflicts(
-        schedule, graph, cost_model.hardware.num_sms, cost_model.hardware.sm_granularity
-    )
+    return serialize_conflicts(schedule, graph, num_sms, cost_model.hardware.sm_granularity)
 
 
 def total_tokens(mix: RowMix) -> int:

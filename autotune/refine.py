@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from ..runtime.legality import check
-from ..runtime.op_graph import OpGraph, RowMix
+from ..runtime.op_graph import Op, OpGraph, RowMix
 from ..runtime.plan import Candidate, Schedule, Timing
 from ..runtime.schedule import IllegalScheduleError
 from ..search_spaces.schema import RowOrder, SearchSpace
-from .baselines import PingPongChoice, PingPongOrder, ping_pong
+from .baselines import PingPongChoice, PingPongOrder, ping_pong, whole_gpu_choice
 from .cost_model import CostModel
 from .patterns import (
     COMPUTE,
     MEMORY,
     NETWORK,
     Placed,
+    batch_mix,
     build_schedule,
+    has_sm_free,
+    lane_of,
     legal_shares,
     macro_ops,
     split_batches,
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 Measure = Callable[[Sequence[Schedule]], Sequence[Timing]]
 MEASURED_TOGETHER = 4
 """Hardware trials proposed and measured in one go, interleaved."""
+CLOSE = 1.05
+"""Times the fastest variant's time: slower ones are no choice of a trial."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +60,19 @@ class Family:
 
     def shares(self, lane: str) -> list[int]:
         """Shares a lane may take beside other lanes."""
-        return legal_shares(lane, self.cost_model.hardware, self.space)
+        return legal_shares(lane, self.cost_model.hardware, self.space, self.is_sm_free)
+
+    @property
+    def is_sm_free(self) -> bool:
+        """Whether the collectives of this model can go without SMs."""
+        return has_sm_free(self.graph, self.cost_model)
+
+    @property
+    def orders(self) -> tuple[PingPongOrder, ...]:
+        """Orders of the ping-pong family; `alternating` is the one on the whole GPU."""
+        if self.is_sm_free:
+            return "blocks", "interleaved", "alternating"
+        return "blocks", "interleaved"
 
     def first_tokens(self) -> list[int]:
         """Places for the boundary of two nano-batches."""
@@ -68,7 +85,7 @@ class Family:
         Raises:
             IllegalScheduleError: the parameters do not fit together.
         """
-        kinds = ["blocks", "interleaved"] + (["milp"] if self.structure else [])
+        kinds = [*self.orders, *(["milp"] if self.structure else [])]
         kind = trial.suggest_categorical("structure", kinds)
         first = trial.suggest_categorical("first_tokens", self.first_tokens())
         orders: list[str] = list(self.space.row_orders)
@@ -76,6 +93,10 @@ class Family:
         variants = self._variants(trial)
         if kind == "milp":
             return self._from_structure(trial, first, order, variants)
+        if kind == "alternating":
+            num_sms = self.cost_model.hardware.num_sms
+            whole = replace(whole_gpu_choice(first, order, num_sms), variants=variants)
+            return self._ping_pong(whole)
         choice = PingPongChoice(
             first_tokens=first,
             row_order=order,
@@ -85,6 +106,9 @@ class Family:
             order=cast(PingPongOrder, kind),
             variants=variants,
         )
+        return self._ping_pong(choice)
+
+    def _ping_pong(self, choice: PingPongChoice) -> Schedule:
         return ping_pong(self.graph, self.cost_model, self.mix, choice, "overlapped_refined")
 
     def _network_sms(self, trial: optuna.trial.BaseTrial) -> int:
@@ -95,11 +119,29 @@ class Family:
     def _variants(self, trial: optuna.trial.BaseTrial) -> dict[str, str]:
         chosen: dict[str, str] = {}
         for op in self.graph.layer if self.is_variant_free else ():
-            names = self.cost_model.variants(op)
+            names = self.close_variants(op)
             if len(names) > 1:
                 name = trial.suggest_categorical(f"variant.{op.name}", ["fastest", *names])
                 chosen |= {} if name == "fastest" else {op.name: name}
         return chosen
+
+    def close_variants(self, op: Op) -> list[str]:
+        """Variants within 5 % of the fastest on half of the rows, at some share of the op's lane.
+
+        A property of the study, not of a trial: Optuna's choices must not change.
+        """
+        lane, found = lane_of(op), set[str]()
+        half = split_batches(self._halves(), "interleaved", self.mix)[0]
+        rows = batch_mix(half, self.mix)
+        for share in {*self.shares(lane), self.cost_model.hardware.num_sms}:
+            names = self.cost_model.variants(op, share)
+            us = {name: self.cost_model.estimate(op, rows, share, name).us for name in names}
+            found |= {name for name in names if us[name] <= CLOSE * min(us.values())}
+        return sorted(found)
+
+    def _halves(self) -> tuple[int, int]:
+        half = total_tokens(self.mix) // 2
+        return half, total_tokens(self.mix) - half
 
     def _from_structure(
         self,
@@ -128,10 +170,14 @@ class Family:
 
     def parameters(self, choice: PingPongChoice) -> dict[str, Any]:
         """A ping-pong choice as trial parameters."""
-        return {
+        parameters: dict[str, Any] = {
             "structure": choice.order,
             "first_tokens": choice.first_tokens,
             "row_order": choice.row_order,
+        }
+        if choice.order == "alternating":
+            return parameters
+        return parameters | {
             "compute_sms": choice.compute_sms,
             "memory_sms": choice.memory_sms,
             "network_sms": choice.network_sms,

@@ -11,7 +11,7 @@ schedule is reported either way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -28,6 +28,7 @@ from .baselines import (
     nano_only,
     ping_pong,
     sequential,
+    whole_gpu_choice,
 )
 from .bounds import lower_bound_us, power_limit_us, what_binds
 from .cost_model import CostModel
@@ -121,29 +122,41 @@ class _Search:
             structure=placed,
         )
 
-    def best_ping_pong(self) -> tuple[PingPongChoice, Candidate]:
-        """Best member of a coarse grid: half splits, all orders and shares that fit."""
-        family, found = self.family(), list[tuple[PingPongChoice, Candidate]]()
-        half = sorted(family.first_tokens(), key=lambda n: abs(2 * n - self.mix.tokens))[:1]
+    def _ping_pong_grid(self) -> Iterator[PingPongChoice]:
+        """Half splits, all orders and shares that fit."""
+        family, num_sms = self.family(), self.hardware.num_sms
+        half = min(family.first_tokens(), key=lambda n: abs(2 * n - self.mix.tokens))
+        if family.is_sm_free:
+            for rows in self.space.row_orders:
+                yield whole_gpu_choice(half, rows, num_sms)
         orders: tuple[PingPongOrder, ...] = ("blocks", "interleaved")
         shares = product(*(family.shares(lane) for lane in (COMPUTE, MEMORY, NETWORK)))
         for (compute, memory, network), rows, order in product(
             shares, self.space.row_orders, orders
         ):
-            if compute + max(memory, network) > self.hardware.num_sms:
+            if compute + max(memory, network) > num_sms:
                 continue
-            choice = PingPongChoice(
-                first_tokens=half[0],
+            yield PingPongChoice(
+                first_tokens=half,
                 row_order=rows,
                 compute_sms=compute,
                 memory_sms=memory,
                 network_sms=network,
                 order=order,
             )
+
+    def best_ping_pongs(self) -> list[PingPongChoice]:
+        """Best members of a coarse grid: half splits, all orders and shares that fit.
+
+        Two where collectives can go without SMs, best first: the best on partitions, and the best
+        on the whole GPU, as how much that one hides is better measured than predicted.
+        """
+        found: list[tuple[PingPongChoice, Candidate]] = []
+        for choice in self._ping_pong_grid():
+            is_whole = choice.order == "alternating"
+            name = "overlapped_whole_gpu" if is_whole else "overlapped_ping_pong"
             try:
-                schedule = ping_pong(
-                    self.graph, self.cost_model, self.mix, choice, "overlapped_ping_pong"
-                )
+                schedule = ping_pong(self.graph, self.cost_model, self.mix, choice, name)
             except IllegalScheduleError:
                 continue  # its shares find no places, in any order
             if not self.is_legal(schedule):
@@ -152,10 +165,12 @@ class _Search:
             found.append((choice, Candidate(schedule=schedule, predicted=timing)))
         if not found:
             choice = equal_split_choice(self.graph, self.mix, self.hardware, self.space)
-            return choice, self.tried[-1]
-        best = min(found, key=lambda pair: pair[1].predicted.period_us)
-        self.tried.append(best[1])
-        return best
+            return [choice]
+        found.sort(key=lambda pair: pair[1].predicted.period_us)
+        names = dict.fromkeys(candidate.schedule.name for _, candidate in found)
+        best = [next(pair for pair in found if pair[1].schedule.name == name) for name in names]
+        self.tried += [candidate for _, candidate in best]
+        return [choice for choice, _ in best]
 
     def structures(self, known: Sequence[Candidate]) -> tuple[Schedule | None, Certificate]:
         """The MILP's schedule; solved again for two nano-batches if it prefers one.
@@ -197,11 +212,11 @@ class _Search:
         )
         return found, certificate
 
-    def refine(self, structure: Schedule | None, choice: PingPongChoice) -> None:
+    def refine(self, structure: Schedule | None, choices: Sequence[PingPongChoice]) -> None:
         """Optuna on the simulator, around the structure, the best ping-pong and the equal split."""
         family = self.family(structure)
         equal = equal_split_choice(self.graph, self.mix, self.hardware, self.space)
-        first = [family.parameters(choice), family.parameters(equal)]
+        first = [family.parameters(choice) for choice in (*choices, equal)]
         if structure is not None and family.structure:
             first = [family.structure_parameters(structure), *first]
         enqueue = [parameters for parameters in first if parameters]
@@ -291,10 +306,10 @@ def search(
         tried=[],
     )
     run.baselines()
-    choice, _ = run.best_ping_pong()
+    choices = run.best_ping_pongs()
     on_progress(f"baselines: {_summary(run.tried)}")
     structure, certificate = run.structures(tuple(run.tried))
-    run.refine(structure, choice)
+    run.refine(structure, choices)
     race = distinct(run.tried)
     lower = lower_bound_us(graph, mix, hardware, cost_model.dtype)
     power_us = power_limit_us(graph, mix, hardware, cost_model.energy)

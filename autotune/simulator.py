@@ -23,8 +23,9 @@ from functools import cached_property
 from ..profiler.profile import Source
 from ..runtime.op_graph import OpGraph, RowMix
 from ..runtime.op_shapes import moved_bytes
-from ..runtime.plan import Schedule, Timing
+from ..runtime.plan import NanoOp, Schedule, Timing
 from ..runtime.schedule import Instance, row_mix, unroll
+from .copy_transport import ops_as_run
 from .cost_model import CostModel, Estimate
 
 SYNC_US = 2.0
@@ -82,7 +83,7 @@ class Simulator:
     ) -> None:
         self.schedule, self.graph, self.cost_model, self.mix = schedule, graph, cost_model, mix
         self.sync_us = sync_us
-        self._ops = [graph.op(nano_op.op) for nano_op in schedule.nano_ops]
+        self._ops = ops_as_run(schedule, graph)
         self._slowdowns: dict[tuple[int, int], float] = {}
 
     @cached_property
@@ -202,9 +203,13 @@ class _Run:
         mine = nano_ops[instance.index]
         for there in instance.waits_for:
             other = nano_ops[self.instances[there].index]
-            if (mine.lane, mine.num_sms) != (other.lane, other.num_sms):
+            if self._stream(mine) != self._stream(other):
                 return solo_us + self.simulator.sync_us
         return solo_us
+
+    def _stream(self, nano_op: NanoOp) -> tuple[str, int]:
+        """Lane and share: a lane has one stream for all SMs and for none."""
+        return nano_op.lane, nano_op.num_sms % self.simulator.cost_model.hardware.num_sms
 
     def _advance(self) -> None:
         """Move to the next end, and start what it releases."""

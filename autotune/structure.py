@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..runtime.op_graph import OpGraph, RowMix
 from ..runtime.plan import Schedule
@@ -82,4 +83,6 @@ def schedule_of(
         if split.sizes[nodes[node][0]]
     ]
     name = "overlapped_milp" if len(batches) > 1 else "single_batch_milp"
-    return build_schedule(name, cost_model, graph, mix, batches, places)
+    schedule = build_schedule(name, cost_model, graph, mix, batches, places)
+    is_in_turn = len(batches) > 1 and not schedule.is_overlapped
+    return replace(schedule, name="nano_only_milp") if is_in_turn else schedule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil
 
 from nanoflow_tune.autotune.cost_model import mix_of_rows
@@ -113,6 +114,35 @@ def row_of(point: Point, us: float) -> Row:
         sm_clock_mhz=1600.0,
         watts=690.0,
     )
+
+
+def reduce_profile(
+    graph: OpGraph,
+    *,
+    nccl_us_per_row: float,
+    copy_us_per_row: float,
+    slowdown_beside_copies: float | None = None,
+) -> Profile:
+    """`linear_profile` with all-reduces of these times: NCCL on SMs, copy engines on none."""
+    profile = linear_profile(graph)
+    shape = graph.op("attn_all_reduce").shape
+    fixed = {"kind": "all_reduce", "shape": shape, "kv_len": 0}
+    rows = [row for row in profile.rows if row.point.kind != "all_reduce"]
+    for tokens in TOKENS:
+        for num_sms in (8, 16, 32, 132):
+            nccl = Point(**fixed, variant="nccl", tokens=tokens, num_sms=num_sms)  # pyright: ignore
+            rows.append(row_of(nccl, 5 + nccl_us_per_row * tokens))
+        free = Point(**fixed, variant="copy_engine", tokens=tokens, num_sms=0)  # pyright: ignore
+        rows.append(row_of(free, 5 + copy_us_per_row * tokens))
+    pairs = profile.pairs
+    if slowdown_beside_copies is not None:
+        op = graph.op("up_gate")
+        gemm = Point(
+            kind=op.kind, shape=op.shape, variant="cublas", tokens=1024, kv_len=0, num_sms=132
+        )
+        free = Point(**fixed, variant="copy_engine", tokens=1024, num_sms=0)  # pyright: ignore
+        pairs = (*pairs, _pair(gemm, free, slowdown_beside_copies, slowdown_beside_copies))
+    return replace(profile, rows=tuple(rows), pairs=pairs)
 
 
 def _pairs() -> tuple[PairRow, ...]:

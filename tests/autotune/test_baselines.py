@@ -69,7 +69,8 @@ def test_every_ping_pong_schedule_is_legal(
     )
     schedule = ping_pong(graph, COSTS, MIX, choice)
     check(schedule, graph, 132, 8)
-    assert schedule.is_overlapped
+    has_lane_beside = tp_degree == 2 or shares[1] < 132  # attention on all SMs is in compute's
+    assert schedule.is_overlapped == has_lane_beside
     assert [batch.tokens for batch in schedule.nano_batches] == [(0, 768), (768, 2048)]
     expected = [768, 256] if row_order == "decodes_first" else [384, 640]
     assert [batch.decode_tokens for batch in schedule.nano_batches] == expected

@@ -11,8 +11,12 @@ import pytest
 from nanoflow_tune.autotune import cli, job, output_folder, paper_mode, tune, verification
 from nanoflow_tune.autotune.document import REQUIRED_KEYS
 from nanoflow_tune.autotune.gpu_stage import NO_DEVICES
+from nanoflow_tune.profiler.store import ProfileWriter
+from nanoflow_tune.runtime.plan_io import load_plan
 from nanoflow_tune.runtime.verify import VerificationError
 from nanoflow_tune.search_spaces.loader import load_space
+
+from .fakes import graph_of, reduce_profile
 
 TINY = ["--model", "tiny-llama", "--profile", "roofline"]
 
@@ -63,6 +67,28 @@ def test_main_job_writes_everything_and_ends_with_json(small_space, in_empty_fol
     assert last_json(capsys.readouterr().out) == values
 
     assert cli.main(["verify", str(folder / "plan.yaml"), "--json"]) == cli.DONE
+    assert last_json(capsys.readouterr().out)["verified"] is True
+
+
+def test_a_plan_with_collectives_on_no_sms_is_written_read_and_verified_on_two_ranks(
+    small_space, in_empty_folder, capsys
+):
+    graph = graph_of("tiny-llama", 2)
+    made = reduce_profile(graph, nccl_us_per_row=0.9, copy_us_per_row=0.5)
+    with ProfileWriter.solo(
+        in_empty_folder / "made.csv", {"hardware": "h200", "dtype": "bfloat16"}
+    ) as writer:
+        for row in made.rows:
+            writer.append_unsynced(row)
+    job_of = ["--model", "tiny-llama", "--num-gpus", "2", "--profile", "made.csv", "--json"]
+    assert cli.main([*job_of, "--output-dir", "here"]) == cli.DONE
+    assert last_json(capsys.readouterr().out)["verified"] is True
+    plan = load_plan(in_empty_folder / "here" / "plan.yaml")
+    for candidate in (plan.buckets[0].sequential, plan.buckets[0].best_overlapped):
+        free = [n for n in candidate.schedule.nano_ops if n.num_sms == 0]
+        assert free
+        assert {(n.variant, n.op.endswith("all_reduce")) for n in free} == {("copy_engine", True)}
+    assert cli.main(["verify", "here/plan.yaml", "--json"]) == cli.DONE
     assert last_json(capsys.readouterr().out)["verified"] is True
 
 

@@ -91,7 +91,7 @@ def test_the_shipped_profile_prices_up_gate_at_every_measured_share():
     assert profile is not None
     model, beside = CostModel(profile, h200()), graph_of("llama3-8b").op("decode_attention")
     for op in (graph_of("llama3-8b").op("up_gate"), graph_of("llama2-70b", 2).op("up_gate")):
-        assert "cublas" in model.variants(op)
+        assert "cublas" in model.variants(op, 132)
         for share in (64, 100, 132):
             estimate = model.estimate(op, mix_of_rows("gemm", 2048, 0), share, "cublas")
             plain = [

@@ -88,7 +88,7 @@ def test_an_unknown_shape_takes_the_utilisation_of_the_nearest_one():
 
 def test_a_kind_without_rows_falls_back_to_the_roofline_and_says_so():
     reduce = graph_of("llama2-70b", 2).op("attn_all_reduce")
-    assert MODEL.variants(reduce) == ("nccl",)
+    assert MODEL.variants(reduce, 16) == ("nccl",)
     assert MODEL.estimate(reduce, MIX, 16, "nccl").source == "roofline"
 
 

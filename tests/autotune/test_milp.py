@@ -4,7 +4,7 @@ from itertools import permutations, product
 
 import pytest
 
-from nanoflow_tune.autotune.baselines import PingPongChoice, ping_pong
+from nanoflow_tune.autotune.baselines import PingPongChoice, ping_pong, sequential, whole_gpu_choice
 from nanoflow_tune.autotune.cost_model import CostModel
 from nanoflow_tune.autotune.milp import Model
 from nanoflow_tune.autotune.milp_input import Edge, Instance, split_candidates
@@ -13,7 +13,7 @@ from nanoflow_tune.autotune.structure import find_structure
 from nanoflow_tune.runtime.legality import check, serialize_conflicts
 from nanoflow_tune.runtime.schedule import IllegalScheduleError
 
-from .fakes import MIX, graph_of, h200, linear_profile, quick_space
+from .fakes import MIX, graph_of, h200, linear_profile, quick_space, reduce_profile
 from .tiny import MIX as TINY_MIX
 from .tiny import FixedCosts, tiny_graph, tiny_schedule
 
@@ -129,6 +129,55 @@ def test_three_nano_batches_are_a_choice_of_the_same_model():
     graph = graph_of("llama3-8b")
     costs = CostModel(None, h200())
     space = quick_space(max_nano_batches=3, milp_time_limit_s=3.0)
-    schedule, certificate = find_structure(graph, costs, space, MIX, seed=0)
+    known = [sequential(graph, costs, MIX)]
+    schedule, certificate = find_structure(graph, costs, space, MIX, seed=0, known=known)
     assert schedule is not None
     assert certificate.num_binaries > 150
+
+
+@pytest.mark.parametrize(("extra_us", "expected_us"), [(1.0, 14.0), (4.0, 16.0)])
+def test_a_collective_without_sms_makes_the_op_behind_it_longer(
+    extra_us: float, expected_us: float
+):
+    """10 us of compute, then a collective: 6 us on all SMs, or 3 us on none and a longer norm."""
+    instance = Instance(
+        num_sms=132,
+        lanes=("compute", "network"),
+        shares=((132,), (0, 132)),
+        edges=(
+            Edge(before=0, after=1, layer_distance=0),
+            Edge(before=1, after=0, layer_distance=1),
+        ),
+        num_splits=1,
+        duration_us={(0, 0, 132): 10.0, (1, 0, 0): 3.0, (1, 0, 132): 6.0},
+        floor_us=(0.0,),
+        sum_us={(0, 1, 0): extra_us},
+    )
+    solution, certificate = Model(instance).solve(10.0, 1e-6, 0)
+    assert solution is not None
+    assert certificate.period_us == pytest.approx(expected_us, rel=1e-4)
+    assert certificate.bound_us <= certificate.period_us + 1e-6
+    assert solution.share[1] == (0 if expected_us < 16.0 else 132)
+
+
+def test_the_milp_starts_from_and_keeps_up_with_the_whole_gpu_ping_pong():
+    graph = graph_of("llama2-70b", 2)
+    made = reduce_profile(graph, nccl_us_per_row=0.3, copy_us_per_row=0.3)
+    costs = CostModel(made, h200())
+    costs.energy = None
+    known = ping_pong(graph, costs, MIX, whole_gpu_choice(1024, "interleaved", 132))
+    schedule, certificate = find_structure(
+        graph,
+        costs,
+        quick_space(milp_time_limit_s=2.0),
+        MIX,
+        seed=0,
+        known=[known],
+        least_batches=2,
+    )
+    assert schedule is not None
+    check(schedule, graph, 132, 8)
+    assert schedule.is_overlapped
+    assert {n.num_sms for n in schedule.nano_ops if n.lane == "network"} == {0}
+    assert certificate.period_us <= 1.03 * simulate(known, graph, costs, MIX).layer_us
+    assert certificate.bound_us <= certificate.period_us + 1e-6

@@ -7,14 +7,14 @@ from pathlib import Path
 import optuna
 import pytest
 
-from nanoflow_tune.autotune.baselines import equal_split, equal_split_choice
+from nanoflow_tune.autotune.baselines import equal_split, equal_split_choice, whole_gpu_choice
 from nanoflow_tune.autotune.cost_model import CostModel
 from nanoflow_tune.autotune.refine import Family, placed_of, refine, study_name
 from nanoflow_tune.autotune.simulator import predict
 from nanoflow_tune.runtime.legality import check
 from nanoflow_tune.runtime.plan import Schedule, Timing
 
-from .fakes import MIX, graph_of, h200, linear_profile, quick_space
+from .fakes import MIX, graph_of, h200, linear_profile, quick_space, reduce_profile, row_of
 
 GRAPH = graph_of("llama3-8b")
 COSTS = CostModel(linear_profile(GRAPH), h200())
@@ -103,3 +103,31 @@ def test_a_single_row_order_is_kept(row_order: str):
         first = candidate.schedule.nano_batches[0]
         halves = first.decode_tokens * 2 == first.num_tokens
         assert halves == (row_order == "interleaved") or first.num_tokens == 2048
+
+
+def test_trials_choose_among_variants_within_5_percent_of_the_fastest():
+    extra = [
+        row_of(replace(row.point, variant=name), factor * row.median_us)
+        for name, factor in (("close", 1.04), ("far", 1.3))
+        for row in linear_profile(GRAPH).rows
+        if row.point.variant == "triton" and row.point.kind == "decode_attention"
+    ]
+    profile = linear_profile(GRAPH)
+    costs = CostModel(replace(profile, rows=(*profile.rows, *extra)), h200())
+    op = GRAPH.op("decode_attention")
+    assert costs.variants(op, 132) == ("close", "far", "triton")
+    assert family(cost_model=costs).close_variants(op) == ["close", "triton"]
+
+
+def test_with_collectives_that_take_no_sms_trials_are_legal_and_the_whole_gpu_is_one_of_them():
+    graph = graph_of("llama2-70b", 2)
+    costs = CostModel(reduce_profile(graph, nccl_us_per_row=0.3, copy_us_per_row=0.3), h200())
+    around = family(graph=graph, cost_model=costs, is_variant_free=True)
+    whole = around.parameters(whole_gpu_choice(1024, "interleaved", 132))
+    candidates = refine(around, trials=25, seed=0, enqueue=[whole])
+    assert {n.num_sms for n in candidates[0].schedule.nano_ops} == {0, 132}
+    assert len(candidates) == 25
+    for candidate in candidates:
+        check(candidate.schedule, graph, 132, 8)
+        for nano_op in candidate.schedule.nano_ops:
+            assert (nano_op.variant == "copy_engine") == (nano_op.num_sms == 0)
