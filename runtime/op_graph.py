@@ -10,11 +10,15 @@ Notation (paper arXiv 2408.12757 section 3.1 -> here)
     KQV, O, UG, D        kqv, o_proj, up_gate (with its SiLU), down
     DecAttn, PfAttn      decode_attention, prefill_attention
     Attn.AR, UGD.AR      attn_all_reduce, ffn_all_reduce (the 2 x AR form)
+
+With experts, UG and D are grouped GEMMs over rows that `router` has sorted by expert, each row as
+often as it is routed, and `combine` adds up a row's results. Every rank holds a slice of every
+expert, and the all-reduce follows the combine.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..search_spaces.schema import ModelSpec
@@ -26,6 +30,9 @@ OpKind = Literal[
     "gemm",
     "gemm_silu",
     "grouped_gemm",
+    "grouped_gemm_silu",
+    "moe_router",
+    "moe_combine",
     "rope_append",
     "decode_attention",
     "prefill_attention",
@@ -36,8 +43,10 @@ OpKind = Literal[
 ]
 """`silu_mul` is the kind of rows in profiles from before `gemm_silu`; no op of a graph has it,
 nor `all_gather` yet."""
-GEMM_KINDS: tuple[OpKind, ...] = ("gemm", "gemm_silu", "grouped_gemm")
-"""Kinds that multiply rows by weights."""
+GEMM_KINDS: tuple[OpKind, ...] = ("gemm", "gemm_silu", "grouped_gemm", "grouped_gemm_silu")
+"""Kinds that multiply rows by weights, large enough to be bound by it."""
+DENSE_GEMM_KINDS: tuple[OpKind, ...] = ("gemm", "gemm_silu")
+"""Those among them in which every row meets all weights."""
 Reach = Literal["range", "prefix"]
 
 
@@ -114,8 +123,8 @@ class Op:
     def flops(self, mix: RowMix) -> float:
         """Floating-point operations: 2 per weight a row meets, 4 x heads x head_dim per key."""
         rows = self.rows(mix)
-        weights = self.weight_elements * self.routed_share if self.kind in GEMM_KINDS else 0.0
-        gemm = 2.0 * weights * rows
+        multiplies = self.kind in (*GEMM_KINDS, "moe_router")
+        gemm = 2.0 * self.weight_elements * self.routed_share * rows if multiplies else 0.0
         # A ring all-reduce adds each element that it receives in its first half.
         adds = self.link_elements_per_row * rows / 2 if self.kind == "all_reduce" else 0.0
         return gemm + self.flops_per_key * rows * self.context(mix) + adds
@@ -155,7 +164,7 @@ class OpGraph:
 
     @classmethod
     def build(cls, model: ModelSpec, tp_degree: int = 1) -> OpGraph:
-        """The dense graph with two all-reduces a layer when `tp_degree` > 1.
+        """The graph with two all-reduces a layer when `tp_degree` > 1.
 
         Raises:
             ValueError: heads, FFN or vocabulary do not divide by `tp_degree`.
@@ -242,6 +251,48 @@ def _gemm_silu(name: str, ffn: int, k: int, model: ModelSpec, *dependencies: Dep
     )
 
 
+def _routed(
+    name: str, kind: OpKind, n: int, k: int, out: int, model: ModelSpec, dependency: Dependency
+) -> Op:
+    """Each row by the [n, k] weights of those experts that it goes to; `out` elements leave."""
+    experts, per_token = model.num_local_experts or 1, model.num_experts_per_tok or 1
+    return Op(
+        name=name,
+        kind=kind,
+        resource="compute",
+        shape=f"e{experts}_t{per_token}_n{n}_k{k}",
+        dependencies=(dependency,),
+        row_elements=per_token * (k + out),
+        weight_elements=experts * n * k,
+        routed_share=per_token / experts,
+        dtype_bytes=model.dtype_bytes,
+    )
+
+
+def _expert_ops(model: ModelSpec, ffn: int) -> list[Op]:
+    """What stands in the place of up/gate and down; the rank has `ffn` columns of each expert.
+
+    The combine reads the router's choice too, which the two GEMMs between them wait for.
+    """
+    hidden, per_token = model.hidden_size, model.num_experts_per_tok or 1
+    moved, on = (1 + per_token) * hidden, Dependency
+    key = f"t{per_token}_d{hidden}"
+    router = _row_op(
+        "router",
+        "moe_router",
+        model,
+        moved,
+        (on("ffn_norm"),),
+        f"e{model.num_local_experts}_{key}",
+    )
+    return [
+        replace(router, weight_elements=model.router_parameters),
+        _routed("up_gate", "grouped_gemm_silu", 2 * ffn, hidden, ffn, model, on("router")),
+        _routed("down", "grouped_gemm", hidden, ffn, hidden, model, on("up_gate")),
+        _row_op("combine", "moe_combine", model, moved, (on("down"),), key),
+    ]
+
+
 def _attention(
     name: str,
     kind: OpKind,
@@ -287,8 +338,17 @@ def _layer_ops(model: ModelSpec, tp_degree: int) -> tuple[Op, ...]:
     )
     is_parallel = tp_degree > 1
     attention_output = "attn_all_reduce" if is_parallel else "o_proj"
-    ffn_output = "ffn_all_reduce" if is_parallel else "down"
     on = Dependency
+    feed_forward = (
+        _expert_ops(model, ffn)
+        if model.num_local_experts
+        else [
+            _gemm_silu("up_gate", ffn, hidden, model, on("ffn_norm")),
+            _gemm("down", hidden, ffn, model, on("up_gate")),
+        ]
+    )
+    last = feed_forward[-1].name
+    ffn_output = "ffn_all_reduce" if is_parallel else last
     ops = [
         _row_op("attn_norm", "norm", model, 4 * hidden, (on(ffn_output, layer_distance=1),)),
         _gemm("kqv", qo + 2 * kv, hidden, model, on("attn_norm")),
@@ -309,9 +369,8 @@ def _layer_ops(model: ModelSpec, tp_degree: int) -> tuple[Op, ...]:
         _gemm("o_proj", hidden, qo, model, on("decode_attention"), on("prefill_attention")),
         _all_reduce("attn_all_reduce", model, tp_degree, on("o_proj")),
         _row_op("ffn_norm", "norm", model, 4 * hidden, (on(attention_output),)),
-        _gemm_silu("up_gate", ffn, hidden, model, on("ffn_norm")),
-        _gemm("down", hidden, ffn, model, on("up_gate")),
-        _all_reduce("ffn_all_reduce", model, tp_degree, on("down")),
+        *feed_forward,
+        _all_reduce("ffn_all_reduce", model, tp_degree, on(last)),
     ]
     return tuple(op for op in ops if is_parallel or op.kind != "all_reduce")
 

@@ -2,8 +2,10 @@
 
 Keys by kind: gemm `n{N}_k{K}`; gemm_silu the same, N counting both halves; attention and rotary
 `q{heads}_kv{heads}_d{head dim}`; all-reduce and all-gather `d{full width}_r{ranks}`; norm and
-embedding `d{hidden}`; grouped_gemm `e{experts}_t{experts per token}_n{N}_k{K}`, its rows' `tokens`
-counted before routing; SiLU (rows of old profiles) `f{ffn}`; sampling `v{vocabulary}`.
+embedding `d{hidden}`; grouped_gemm and grouped_gemm_silu
+`e{experts}_t{experts per token}_n{N}_k{K}`, moe_router `e{experts}_t{experts per token}_d{hidden}`,
+moe_combine `t{experts per token}_d{hidden}`, their rows' `tokens` counted before routing; SiLU
+(rows of old profiles) `f{ffn}`; sampling `v{vocabulary}`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ RESOURCE_OF_KIND: dict[OpKind, Resource] = {
     "gemm": "compute",
     "gemm_silu": "compute",
     "grouped_gemm": "compute",
+    "grouped_gemm_silu": "compute",
+    "moe_router": "memory",
+    "moe_combine": "memory",
     "rope_append": "memory",
     "decode_attention": "memory",
     "prefill_attention": "compute",
@@ -25,7 +30,7 @@ RESOURCE_OF_KIND: dict[OpKind, Resource] = {
     "sampling": "memory",
 }
 UNFUSED_PREFIXES = ("cublas", "torch", "triton")
-"""Starts of the names of those `gemm_silu` variants that pass both products through a scratch
+"""Starts of the names of those variants with a SiLU that pass both products through a scratch
 buffer; kernels that do the SiLU in their epilogue are of other families."""
 
 
@@ -45,10 +50,17 @@ def op_of_shape(kind: OpKind, shape: str, dtype_bytes: int) -> Op:
     elif kind == "gemm_silu":
         n, k = numbers
         row_elements, weight_elements = n // 2 + k, n * k
-    elif kind == "grouped_gemm":
+    elif kind in ("grouped_gemm", "grouped_gemm_silu"):
         experts, per_token, n, k = numbers
-        row_elements, weight_elements = per_token * (n + k), experts * n * k
+        out = n // 2 if kind == "grouped_gemm_silu" else n
+        row_elements, weight_elements = per_token * (out + k), experts * n * k
         routed_share = per_token / experts
+    elif kind == "moe_router":
+        experts, per_token, hidden = numbers
+        row_elements, weight_elements = (1 + per_token) * hidden, experts * hidden
+    elif kind == "moe_combine":
+        per_token, hidden = numbers
+        row_elements = (1 + per_token) * hidden
     elif kind in ("decode_attention", "prefill_attention", "rope_append"):
         qo, kv, head_dim = numbers
         row_elements = 2 * (qo + 2 * kv) * head_dim
@@ -81,9 +93,11 @@ def op_of_shape(kind: OpKind, shape: str, dtype_bytes: int) -> Op:
 def moved_bytes(op: Op, mix: RowMix, variant: str) -> float:
     """Bytes that a variant moves through device memory: the op's, and what it adds to them.
 
-    An unfused `gemm_silu` writes both products to its scratch buffer and reads them again.
+    An unfused SiLU behind a GEMM writes both products to its scratch buffer and reads them again.
     """
-    if op.kind != "gemm_silu" or not variant.startswith(UNFUSED_PREFIXES):
+    is_silu = op.kind in ("gemm_silu", "grouped_gemm_silu")
+    if not is_silu or not variant.startswith(UNFUSED_PREFIXES):
         return op.memory_bytes(mix)
-    n, _ = shape_numbers(op.shape)
-    return op.memory_bytes(mix) + 2 * op.dtype_bytes * n * op.rows(mix)
+    *routed, n, _ = shape_numbers(op.shape)
+    per_token = routed[1] if routed else 1
+    return op.memory_bytes(mix) + 2 * op.dtype_bytes * per_token * n * op.rows(mix)
