@@ -14,6 +14,7 @@ from itertools import product
 from ..runtime.op_graph import GEMM_KINDS, Op, OpGraph, OpKind
 from ..runtime.op_shapes import RESOURCE_OF_KIND
 from ..runtime.partition_layout import SmSplit
+from ..runtime.plan import SM_FREE_VARIANTS
 from .profile import Point
 
 Variants = Mapping[str, tuple[str, ...]]
@@ -145,7 +146,6 @@ def _layer_family(op: Op, kv_len: int, lattice: tuple[int, ...], variants: Varia
 def collective_points(graph: OpGraph, num_sms: int, variants: Variants) -> list[Point]:
     """Collectives of the layer at every size and network share; needs all ranks."""
     by_shape = {(op.kind, op.shape): op for op in graph.layer if is_collective(op.kind)}
-    shares = (*NETWORK_SHARES, num_sms)
     return [
         Point(
             kind=kind,
@@ -156,8 +156,21 @@ def collective_points(graph: OpGraph, num_sms: int, variants: Variants) -> list[
             num_sms=share,
         )
         for kind, shape in sorted(by_shape)
-        for tokens, variant, share in product(COLLECTIVE_TOKENS, variants[kind], shares)
+        for tokens, variant in product(COLLECTIVE_TOKENS, variants[kind])
+        for share in collective_shares(variant, num_sms)
     ]
+
+
+def collective_shares(variant: str, num_sms: int) -> tuple[int, ...]:
+    """Shares that a collective is measured on: none for copy engines, which take no SMs.
+
+    `symm_<algorithm>_N` has N blocks, but no more than the SMs: on fewer than N it is one with
+    fewer blocks.
+    """
+    if variant in SM_FREE_VARIANTS:
+        return (0,)
+    blocks = int(variant.rpartition("_")[2]) if variant.startswith("symm_") else 0
+    return (*(share for share in NETWORK_SHARES if share >= blocks), num_sms)
 
 
 def sustained_points(graphs: Iterable[OpGraph], num_sms: int, variants: Variants) -> list[Point]:

@@ -14,6 +14,7 @@ from math import log
 from typing import TypeVar
 
 from ..runtime.op_graph import Op, OpGraph
+from ..runtime.plan import SM_FREE_VARIANTS
 from .grid import Variants, is_collective
 from .profile import PairRow, Point, Row, TripleRow
 
@@ -105,14 +106,31 @@ def pairs(graph: OpGraph, fastest: Fastest, num_sms: int, granularity: int) -> l
 def network_pairs(
     graph: OpGraph, fastest: Fastest, num_sms: int, variants: Variants
 ) -> list[Together]:
-    """Largest and smallest GEMM beside every collective of the layer; needs all ranks."""
+    """Largest and smallest GEMM beside every collective of the layer; needs all ranks.
+
+    Decode attention too, beside those that take no SMs: it then has all of them.
+    """
     collectives = {op.kind: op for op in graph.layer if is_collective(op.kind)}
-    return [
-        (_compute_point(op, fastest, num_sms - share), _collective(other, variant, share))
-        for op, share in product(_compute_ops(graph)[:2], NETWORK_SHARES)
-        for other in collectives.values()
-        for variant in variants[other.kind]
-    ]
+    decode, found = _first(graph, "decode_attention"), list[Together]()
+    for op, turn in product(_compute_ops(graph)[:2], range(len(NETWORK_SHARES))):
+        for other in collectives.values():
+            for variant in variants[other.kind]:
+                for share in _beside_shares(variant)[turn : turn + 1]:
+                    beside = _collective(other, variant, share)
+                    found.append((_compute_point(op, fastest, num_sms - share), beside))
+    for other in collectives.values():
+        attention = fastest.point(decode, DECODE_ROWS, DECODE_KEYS, num_sms)
+        found += [
+            (attention, _collective(other, variant, 0))
+            for variant in variants[other.kind]
+            if variant in SM_FREE_VARIANTS
+        ]
+    return found
+
+
+def _beside_shares(variant: str) -> tuple[int, ...]:
+    """Shares of a collective beside other kernels: none for one that takes no SMs."""
+    return (0,) if variant in SM_FREE_VARIANTS else NETWORK_SHARES
 
 
 def _collective(op: Op, variant: str, num_sms: int) -> Point:
@@ -150,9 +168,10 @@ def network_triples(
     found: list[Together] = []
     for other in collectives.values():
         for variant in variants[other.kind]:
-            share = 2 * granularity
-            compute = _compute_point(_compute_ops(graph)[0], fastest, num_sms - 2 * share)
-            beside = fastest.point(decode, DECODE_ROWS, DECODE_KEYS, share)
+            size = 2 * granularity
+            share = 0 if variant in SM_FREE_VARIANTS else size
+            compute = _compute_point(_compute_ops(graph)[0], fastest, num_sms - size - share)
+            beside = fastest.point(decode, DECODE_ROWS, DECODE_KEYS, size)
             found.append((compute, beside, _collective(other, variant, share)))
     return found
 

@@ -273,7 +273,7 @@ class Sweep:
         start, streams = 0, [self.stream(shares[0], BACK)]
         for share in shares[1:]:
             groups = GroupRange(start=start // size, end=(start + share) // size)
-            streams.append(self._owner.stream_of(groups))
+            streams.append(self._owner.stream_of(groups) if share else self.stream(share))
             start += share
         assert start + shares[0] <= self.hardware.num_sms, shares
         return streams

@@ -67,6 +67,16 @@ def test_collectives_are_points_of_all_ranks_and_not_families():
     assert collective_points(graph("llama3-8b", 1), 132, VARIANTS) == []
 
 
+def test_each_collective_is_measured_on_the_shares_that_it_differs_on():
+    names = ("nccl", "symm_one_shot_8", "symm_two_shot_32", "copy_engine", "copy_engine_add")
+    points = collective_points(graph(), 132, {**VARIANTS, "all_reduce": names})
+    shares = {name: {p.num_sms for p in points if p.variant == name} for name in names}
+    assert shares["nccl"] == shares["copy_engine_add"] == {8, 16, 32, 132}
+    assert shares["symm_one_shot_8"] == {8, 16, 32, 132}
+    assert shares["symm_two_shot_32"] == {32, 132}
+    assert shares["copy_engine"] == {0}
+
+
 def test_the_sustained_rate_is_that_of_the_largest_gemm_of_all_models():
     points = sustained_points([graph("llama3-8b", 1), graph()], 132, VARIANTS)
     assert {point.shape for point in points} == {"n28672_k8192"}

@@ -61,6 +61,16 @@ def test_every_transport_runs_beside_a_gemm():
     assert {a.kind for a, _ in made} == {"gemm", "gemm_silu"}
 
 
+def test_a_transport_without_sms_leaves_all_of_them_to_what_it_runs_beside():
+    variants = {**VARIANTS, "all_reduce": ("nccl", "copy_engine")}
+    made = network_pairs(GRAPH, NOTHING, 132, variants)
+    free = [(a, b) for a, b in made if b.variant == "copy_engine"]
+    assert all((a.num_sms, b.num_sms) == (132, 0) for a, b in free)
+    assert [a.kind for a, _ in free] == ["gemm_silu", "gemm", "decode_attention"]
+    (three,) = (t for t in network_triples(GRAPH, NOTHING, 132, 8, variants) if t[2].num_sms == 0)
+    assert [point.num_sms for point in three] == [116, 16, 0]
+
+
 def test_the_variant_is_the_fastest_at_the_nearest_measured_share():
     op = GRAPH.op("o_proj")
 
