@@ -146,10 +146,11 @@ def serialize_conflicts(
 def _between_smallest_lanes(
     schedule: Schedule, pairs: set[tuple[int, int]]
 ) -> list[tuple[int, ...]]:
-    """Pairs that can run at once on the two lanes with the smallest largest share."""
+    """Pairs that can run at once on the two lanes with the smallest largest share above 0."""
     largest: dict[str, int] = {}
     for nano_op in schedule.nano_ops:
         largest[nano_op.lane] = max(nano_op.num_sms, largest.get(nano_op.lane, 0))
+    largest = {lane: share for lane, share in largest.items() if share}  # 0 needs no place
     smallest = set(sorted(largest, key=lambda lane: (largest[lane], lane))[:2])
     return [
         (a, b)

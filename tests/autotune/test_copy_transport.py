@@ -208,6 +208,20 @@ def test_on_the_whole_gpu_every_collective_runs_beside_the_other_nano_batch(row_
         assert all(schedule.nano_ops[e.index].tokens != mine for e in beside)
 
 
+def test_lanes_that_find_no_places_take_turns_and_not_with_what_needs_no_place():
+    """60 and 68 SMs both need the remainder of the split."""
+    choice = replace(
+        whole_gpu_choice(1024, "interleaved", 132),
+        compute_sms=68,
+        memory_sms=60,
+        order="interleaved",
+    )
+    schedule = ping_pong(GRAPH, COSTS, MIX, choice)
+    check(schedule, GRAPH, 132, 8)
+    ordered = {nano_op.lane for nano_op in schedule.nano_ops if nano_op.after}
+    assert ordered == {"compute", "memory"}
+
+
 def test_when_the_reduction_is_long_the_whole_gpu_wins_the_search():
     made = reduce_profile(GRAPH, nccl_us_per_row=0.30, copy_us_per_row=0.30)
     space = quick_space(sm_shares=(16, 32, 100, 116), milp_time_limit_s=3.0, simulator_trials=6)
