@@ -71,8 +71,10 @@ class CaseFactory:
             x, scratch, out = (self.randn(rows, width) for width in (k, n, n // 2))
             weight = self._weight(point.shape, n, k, index)
             return lambda: run(x, weight, scratch, out, share)
-        if point.kind == "grouped_gemm":
+        if point.kind in ("grouped_gemm", "grouped_gemm_silu"):
             return self._grouped_gemm_call(point, run, sizes)
+        if point.kind in ("moe_router", "moe_combine"):
+            return self._routing_call(point, run, sizes)
         if point.kind == "norm":
             x, delta, out = (self.randn(rows, sizes[0]) for _ in range(3))
             delta.mul_(1e-3)
@@ -104,10 +106,26 @@ class CaseFactory:
         draws = torch.rand(point.tokens, experts, device=self._device, generator=self._generator)
         chosen = draws.topk(per_token, dim=1).indices.flatten()
         offsets = chosen.bincount(minlength=experts).cumsum(0).to(torch.int32)
-        rows = point.tokens * per_token
-        x, out = self.randn(rows, k), self.randn(rows, n)
+        rows, share = point.tokens * per_token, point.num_sms
+        x, product = self.randn(rows, k), self.randn(rows, n)
         weight = self._weight(point.shape, experts * n, k, 0).view(experts, n, k)
-        return lambda: run(x, weight, offsets, out, point.num_sms)
+        if point.kind == "grouped_gemm":
+            return lambda: run(x, weight, offsets, product, share)
+        out = self.randn(rows, n // 2)
+        return lambda: run(x, weight, offsets, product, out, share)
+
+    def _routing_call(self, point: Point, run: Callable[..., None], sizes: tuple[int, ...]) -> Call:
+        """Rows to their experts' places, or back from random places."""
+        rows, share, (*_, per_token, hidden) = point.tokens, point.num_sms, sizes
+        x, routed = self.randn(rows, hidden), self.randn(rows * per_token, hidden)
+        order = torch.randperm(rows * per_token, device=self._device, generator=self._generator)
+        places = order.to(torch.int32).view(rows, per_token)
+        weights = torch.full((rows, per_token), 1 / per_token, device=self._device)
+        if point.kind == "moe_combine":
+            return lambda: run(routed, places, weights, x, share)
+        router = self._weight(point.shape, sizes[0], hidden, 0)
+        offsets = torch.zeros(sizes[0], dtype=torch.int32, device=self._device)
+        return lambda: run(x, router, routed, offsets, places, weights, share)
 
     def _weight(self, shape: str, n: int, k: int, index: int) -> Tensor:
         sets = self._weights.setdefault(shape, [])

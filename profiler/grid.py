@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from ..runtime.op_graph import GEMM_KINDS, Op, OpGraph, OpKind
+from ..runtime.op_graph import DENSE_GEMM_KINDS, Op, OpGraph, OpKind
 from ..runtime.op_shapes import RESOURCE_OF_KIND
 from ..runtime.partition_layout import SmSplit
 from ..runtime.plan import SM_FREE_VARIANTS
@@ -143,9 +143,23 @@ def _layer_family(op: Op, kv_len: int, lattice: tuple[int, ...], variants: Varia
     )
 
 
+def collective_shapes(graph: OpGraph) -> tuple[tuple[OpKind, str], ...]:
+    """Kinds and shapes of collectives: the layer's, and those that could take their place.
+
+    The paper's other form of a layer gathers the attention output (Attn.AG) and, behind an output
+    projection that is split by columns, its result (O.AG).
+    """
+    found: set[tuple[OpKind, str]] = {
+        (op.kind, op.shape) for op in graph.layer if is_collective(op.kind)
+    }
+    if graph.tp_degree > 1:
+        for width in (graph.model.qo_size, graph.model.hidden_size):
+            found.add(("all_gather", f"d{width}_r{graph.tp_degree}"))
+    return tuple(sorted(found))
+
+
 def collective_points(graph: OpGraph, num_sms: int, variants: Variants) -> list[Point]:
-    """Collectives of the layer at every size and network share; needs all ranks."""
-    by_shape = {(op.kind, op.shape): op for op in graph.layer if is_collective(op.kind)}
+    """Collectives at every size and network share; needs all ranks."""
     return [
         Point(
             kind=kind,
@@ -155,7 +169,7 @@ def collective_points(graph: OpGraph, num_sms: int, variants: Variants) -> list[
             kv_len=0,
             num_sms=share,
         )
-        for kind, shape in sorted(by_shape)
+        for kind, shape in collective_shapes(graph)
         for tokens, variant in product(COLLECTIVE_TOKENS, variants[kind])
         for share in collective_shares(variant, num_sms)
     ]
@@ -174,8 +188,8 @@ def collective_shares(variant: str, num_sms: int) -> tuple[int, ...]:
 
 
 def sustained_points(graphs: Iterable[OpGraph], num_sms: int, variants: Variants) -> list[Point]:
-    """The largest GEMM of the layers, epilogue left out, on all SMs by every variant."""
-    gemms = [op for graph in graphs for op in graph.layer if op.kind in GEMM_KINDS]
+    """The largest dense GEMM of the layers, epilogue left out, on all SMs by every variant."""
+    gemms = [op for graph in graphs for op in graph.layer if op.kind in DENSE_GEMM_KINDS]
     largest = replace(max(gemms, key=lambda op: op.weight_elements), kind="gemm")
     return [
         Point(

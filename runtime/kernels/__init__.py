@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 _MODULES = {
-    "cpu": ("torch_ops", "grouped_gemm"),
+    "cpu": ("torch_ops", "grouped_gemm", "experts"),
     "cuda": (
         "cublas",
         "sm90_gemm",
@@ -16,6 +16,8 @@ _MODULES = {
         "flashinfer_attention",
         "grouped_gemm",
         "triton_grouped_gemm",
+        "experts",
+        "triton_experts",
         "collectives",
         "all_gather",
     ),

@@ -39,6 +39,21 @@ def grouped_gemm(
         start = end
 
 
+@register("grouped_gemm_silu", "torch", "cpu")
+def grouped_gemm_silu(
+    x_TK: Tensor,
+    weight_E2FK: Tensor,
+    offsets_E: Tensor,
+    scratch_T2F: Tensor,
+    out_TF: Tensor,
+    num_sms: int,
+) -> None:
+    """Both products, rounded to the dtype, then SiLU x up."""
+    grouped_gemm(x_TK, weight_E2FK, offsets_E, scratch_T2F, num_sms)
+    up_TF, gate_TF = scratch_T2F.chunk(2, dim=-1)
+    out_TF.copy_(torch.nn.functional.silu(gate_TF.float()) * up_TF.float())
+
+
 @register("grouped_gemm", "torch_grouped", "cuda")
 def torch_grouped_gemm(
     x_TK: Tensor, weight_ENK: Tensor, offsets_E: Tensor, out_TN: Tensor, num_sms: int

@@ -5,7 +5,7 @@ the rows it was given. `num_sms` is the share it runs on: persistent kernels siz
 
 Shape legend: T rows of the call, D hidden, W columns of one rank, K GEMM depth, N GEMM width,
 C = (qo + 2 kv) x head dim, Q = qo heads x head dim, F ffn width, R decode rows, S prefill segments,
-P pages, G kv heads, B tokens of a page, H head dim.
+P pages, G kv heads, B tokens of a page, H head dim, E experts, J experts of a row.
 """
 
 from __future__ import annotations
@@ -110,6 +110,59 @@ class GroupedGemm(Protocol):
 
     def __call__(
         self, x_TK: Tensor, weight_ENK: Tensor, offsets_E: Tensor, out_TN: Tensor, num_sms: int
+    ) -> None:
+        """Launch on the current stream."""
+        ...
+
+
+class GroupedGemmSilu(Protocol):
+    """`GemmSilu` of rows sorted by expert, as in `GroupedGemm`; weight_E2FK holds up, then gate."""
+
+    def __call__(
+        self,
+        x_TK: Tensor,
+        weight_E2FK: Tensor,
+        offsets_E: Tensor,
+        scratch_T2F: Tensor,
+        out_TF: Tensor,
+        num_sms: int,
+    ) -> None:
+        """Launch on the current stream."""
+        ...
+
+
+class MoeRouter(Protocol):
+    """Send each row to the J experts with the largest logits x_TD @ weight_ED^T.
+
+    routed_RD (R = T x J) are the rows sorted by expert and, within one, in the order of x_TD; those
+    of expert e end at offsets_E[e]. Row t went to places_TJ[t], best expert first (both int32),
+    with fp32 weights_TJ[t], the softmax over its J logits.
+    """
+
+    def __call__(
+        self,
+        x_TD: Tensor,
+        weight_ED: Tensor,
+        routed_RD: Tensor,
+        offsets_E: Tensor,
+        places_TJ: Tensor,
+        weights_TJ: Tensor,
+        num_sms: int,
+    ) -> None:
+        """Launch on the current stream."""
+        ...
+
+
+class MoeCombine(Protocol):
+    """out_TD[t] = sum over j of weights_TJ[t, j] x rows_RD[places_TJ[t, j]], in fp32."""
+
+    def __call__(
+        self,
+        rows_RD: Tensor,
+        places_TJ: Tensor,
+        weights_TJ: Tensor,
+        out_TD: Tensor,
+        num_sms: int,
     ) -> None:
         """Launch on the current stream."""
         ...

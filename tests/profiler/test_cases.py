@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from nanoflow_tune.profiler.cases import CaseFactory
 from nanoflow_tune.profiler.profile import Point
-from nanoflow_tune.runtime.kernels import grouped_gemm, registry
+from nanoflow_tune.runtime.kernels import grouped_gemm, load, registry
 
 
 def test_a_grouped_gemm_point_routes_every_token_to_that_many_experts(monkeypatch):
@@ -56,3 +57,19 @@ def test_an_all_gather_point_has_the_columns_of_one_rank_and_the_whole_output(mo
     x, out, group, num_sms = seen[0]
     assert (tuple(x.shape), tuple(out.shape)) == ((7, 16), (7, 64))
     assert (group, num_sms) == ("group", 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("moe_router", "e8_t2_d16"),
+        ("grouped_gemm_silu", "e8_t2_n64_k16"),
+        ("grouped_gemm", "e8_t2_n16_k32"),
+        ("moe_combine", "t2_d16"),
+    ],
+)
+def test_points_of_experts_run_as_the_runtime_runs_them(kind, shape):
+    load("cpu")
+    point = Point(kind=kind, variant="torch", shape=shape, tokens=50, kv_len=0, num_sms=1)
+    for call in CaseFactory(torch.float32, torch.device("cpu"), 1e6).calls(point):
+        call()
