@@ -107,8 +107,9 @@ def report_section(profile: Profile, hardware: HardwareSpec) -> str:
         "A slowdown is the time of a kernel beside others over its time alone on the same SMs. For "
         "a pair that was not measured the cost model takes the measured pairs of the same two "
         "kinds whose shares are nearest (by ratio), else those of the same two resources, whatever "
-        "their shapes and variants; without any it takes 1, or for two memory-bound kernels what "
-        "sharing the bandwidth costs. Three lanes get the product of their pairwise slowdowns.",
+        "their shapes and variants; without any it takes 1, or for two memory-bound kernels, and "
+        "beside copy engines, what sharing the bandwidth costs. Three lanes get the product of "
+        "their pairwise slowdowns.",
         "",
         f"Pairs: every other one of {len(profile.pairs)} was left out and predicted from the rest.",
         "",

@@ -126,18 +126,29 @@ class Family:
         return chosen
 
     def close_variants(self, op: Op) -> list[str]:
-        """Variants within 5 % of the fastest on half of the rows, at some share of the op's lane.
+        """Variants within 5 % of the fastest on half of the rows, at a share that is likely.
 
         A property of the study, not of a trial: Optuna's choices must not change.
         """
-        lane, found = lane_of(op), set[str]()
         half = split_batches(self._halves(), "interleaved", self.mix)[0]
-        rows = batch_mix(half, self.mix)
-        for share in {*self.shares(lane), self.cost_model.hardware.num_sms}:
+        rows, found = batch_mix(half, self.mix), set[str]()
+        for share in self._likely_shares(op):
             names = self.cost_model.variants(op, share)
             us = {name: self.cost_model.estimate(op, rows, share, name).us for name in names}
             found |= {name for name in names if us[name] <= CLOSE * min(us.values())}
         return sorted(found)
+
+    def _likely_shares(self, op: Op) -> set[int]:
+        """Those of the structure, else the largest of the op's lane; all SMs where none are lost.
+
+        None is left out: what takes no SMs has no other variant there.
+        """
+        macros = macro_ops(self.graph)
+        shares = {p.num_sms for p in self.structure if op in macros[p.macro].ops}
+        shares = shares or {self.shares(lane_of(op))[-1]}
+        if self.is_sm_free and lane_of(op) != NETWORK:
+            shares.add(self.cost_model.hardware.num_sms)
+        return shares - {0}
 
     def _halves(self) -> tuple[int, int]:
         half = total_tokens(self.mix) // 2
