@@ -231,13 +231,18 @@ def gemm_point(shape: str, variant: str, tokens: int, num_sms: int) -> Point:
     )
 
 
-UNTOLD = "torch"
-"""The GEMM that calls cuBLAS without telling it how many SMs it has."""
-
-
 def is_cublas(variant: str) -> bool:
-    """Whether a GEMM variant is cuBLAS: told its SMs, or not."""
-    return variant == UNTOLD or variant.startswith("cublas")
+    """Whether a GEMM variant is cuBLAS; on the whole GPU it is told nothing of SMs."""
+    return variant.startswith("cublas")
+
+
+def recorded_command(script: str, arguments: Sequence[str]) -> str:
+    """The command of a figure, without where this run put its files."""
+    kept = list(arguments)
+    for option in ("--out", "--details"):
+        while option in kept:
+            del kept[kept.index(option) : kept.index(option) + 2]
+    return shlex.join(["python", f"benchmarks/{script}.py", *kept])
 
 
 def gpu_variants(kind: str) -> tuple[str, ...]:
@@ -279,7 +284,7 @@ class Bench:
         self._out: Path = options.out
         self._details: Path = options.details or options.out.with_name(f"{name}.csv")
         self._commit: str = options.commit or this_commit()
-        self._command = shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])
+        self._command = recorded_command(name, sys.argv[1:])
         self._figures: list[Figure] = []
         self._seconds: float = options.minutes * 60 or float("inf")
 

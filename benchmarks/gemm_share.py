@@ -30,8 +30,7 @@ def main() -> None:
     variants = ab.gpu_variants("gemm")
     own = [name for name in variants if not ab.is_cublas(name)]
     shapes = dict.fromkeys(keys[case][0] for case in cases)
-    names = [*variants, ab.UNTOLD]
-    bench.warm(ab.gemm_point(shape, v, 512, bench.num_sms) for shape in shapes for v in names)
+    bench.warm(ab.gemm_point(shape, v, 512, bench.num_sms) for shape in shapes for v in variants)
     for case in cases:
         if bench.is_over:
             break
@@ -42,7 +41,7 @@ def main() -> None:
         ) -> ab.Point:
             return bench.fastest(ab.gemm_point(shape, name, tokens, num_sms) for name in names)
 
-        points = [fastest(bench.num_sms, [*variants, ab.UNTOLD])]
+        points = [fastest(bench.num_sms, list(variants))]
         points += [fastest(share, own) for share in SHARES]
         labels = [f"{point.variant} on {point.num_sms}" for point in points]
         batches = {name: bench.batch(point) for name, point in zip(labels, points, strict=True)}

@@ -5,26 +5,26 @@
 
 The search makes schedules from the profile (`--search-only` needs no GPU and stores them for
 `--schedules`). All sequential and the best overlapped ones take turns as CUDA graphs of 16 and of 4
-layers; a layer is a twelfth of the difference. The best of each kind meet once more in a longer
-run, whose ratio is the figure. `layer_limit` sets the winner's period against what the power cap
-allows: dynamic joules of its ops alone, measured in the same run and brought to the plan's clock,
-over the watts that the cap leaves beside static power.
+layers; a layer is a twelfth of the difference. The two best of each kind meet once more in a longer
+run; the figure is the ratio of the best there. `layer_limit` sets the winner's period against what
+the power cap allows: dynamic joules of its ops alone, measured in the same run and brought to the
+plan's clock, over the watts that the cap leaves beside static power.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import log, prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
+from ab import recorded_command
 from figures import FIGURES, FigureRow, spread_of, summary, write_figures
 
 from nanoflow_tune.autotune.cost_model import CostModel
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 LAYERS, FEW_LAYERS = 16, 4
 RACE_ROUNDS, RACE_TURN_S = 2, 0.25
 FINAL_ROUNDS, FINAL_TURN_S = 6, 0.5
+FINALISTS = 2
+"""Of each kind: the race is too short to tell neighbours apart."""
 OVERLAPPED_IN_RACE, SEQUENTIAL_IN_RACE = 6, 3
 LIBRARY = "cublas"
 PROMPT = 512
@@ -124,7 +126,7 @@ def with_gemms(schedule: Schedule, graph: OpGraph, variant: str) -> Schedule:
     return replace(schedule, nano_ops=nano_ops, name=f"{schedule.name}_{variant}")
 
 
-def fastest(turns: Sequence[LayerTurns], indices: Sequence[int]) -> int:
+def fastest(turns: Sequence[LayerTurns], indices: Iterable[int]) -> int:
     """Which of some schedules had the shortest layer."""
     return min(indices, key=lambda index: statistics.median(turns[index].layer_us))
 
@@ -271,18 +273,21 @@ def measure(
         for schedule, turns in zip(schedules, race, strict=True):
             _say(f"{schedule.name}: {statistics.median(turns.layer_us):.1f} us a layer")
         is_overlapped = [overlaps(schedule, graph) for schedule in schedules]
-        best = fastest(race, [i for i, flag in enumerate(is_overlapped) if not flag])
-        rival = fastest(race, [i for i, flag in enumerate(is_overlapped) if flag])
-        finalists = schedules[best], schedules[rival]
+        ranked = sorted(range(len(race)), key=lambda i: statistics.median(race[i].layer_us))
+        alone = [i for i in ranked if not is_overlapped[i]][:FINALISTS]
+        beside = [i for i in ranked if is_overlapped[i]][:FINALISTS]
+        finalists = tuple(schedules[i] for i in (*alone, *beside))
         final = ranks.call(measure_turns, iteration, finalists, FINAL_ROUNDS, FINAL_TURN_S)[0]
         for schedule, turns in zip(finalists, final, strict=True):
             _say(
                 f"final {schedule.name}: {statistics.median(turns.layer_us):.1f} us a layer, "
                 f"{turns.watts:.0f} W, {turns.sm_clock_mhz:.0f} MHz"
             )
-        winner = fastest(final, (0, 1))
+        best = fastest(final, range(len(alone)))
+        rival = fastest(final, range(len(alone), len(finalists)))
+        winner = fastest(final, (best, rival))
         limit = _limit(ranks, iteration, finalists[winner], final[winner], graph)
-    ratios = [a / b for a, b in zip(final[0].layer_us, final[1].layer_us, strict=True)]
+    ratios = [a / b for a, b in zip(final[best].layer_us, final[rival].layer_us, strict=True)]
     beyond = [us / limit for us in final[winner].layer_us]
     _say(f"power limit {limit:.1f} us a layer")
     return [
@@ -336,7 +341,7 @@ def main() -> None:
         options.search_only.write_text(text, encoding="utf-8")
         return
     origin = {
-        "command": shlex.join(["python", "benchmarks/layers.py", *sys.argv[1:]]),
+        "command": recorded_command("layers", sys.argv[1:]),
         "commit": options.commit or this_commit(),
         "gpu": find_devices().name,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
