@@ -67,17 +67,22 @@ class DenseBatch:
 
 def rank_weight_bytes(model: ModelSpec, num_gpus: int) -> int:
     """Weights of one tensor-parallel rank: GEMMs and LM head are shards, the rest is repeated."""
-    repeated = model.num_hidden_layers * 2 * model.hidden_size + model.hidden_size
+    per_layer = 2 * model.hidden_size + model.router_parameters
+    repeated = model.num_hidden_layers * per_layer + model.hidden_size
     repeated += model.vocab_size * model.hidden_size
     sharded = model.num_parameters - repeated
     return (-(-sharded // num_gpus) + repeated) * model.dtype_bytes
 
 
 def activation_bytes(model: ModelSpec, num_gpus: int, tokens: int) -> int:
-    """Activation buffers of one layer, reused by all layers, and fp32 logits of every row."""
+    """Activation buffers of one layer, reused by all layers, and fp32 logits of every row.
+
+    With experts a row is there as often as it is routed, from the router to the combine.
+    """
     attention = 2 * model.qo_size + 2 * model.kv_size
-    per_rank = attention + 3 * model.intermediate_size
-    row_elements = 3 * model.hidden_size + -(-per_rank // num_gpus)
+    routed = model.num_experts_per_tok or 0
+    per_rank = attention + 3 * model.intermediate_size * max(1, routed)
+    row_elements = (3 + 2 * routed) * model.hidden_size + -(-per_rank // num_gpus)
     return tokens * (row_elements * model.dtype_bytes + 4 * -(-model.vocab_size // num_gpus))
 
 

@@ -70,7 +70,7 @@ def summary(report: Report) -> dict[str, Any]:
     won = report.timing(bucket.winner)
     sequential_us = report.timing(bucket.sequential).period_us
     gpus = report.plan.num_gpus
-    needed_flops = 2.0 * report.model.num_parameters * tokens
+    needed_flops = 2.0 * report.model.num_active_parameters * tokens
     optimal_us = needed_flops / (gpus * report.gemm_peak.flops_per_s) * 1e6
     values: dict[str, Any] = {
         "plan": report.plan_path,

@@ -41,9 +41,12 @@ def op_class(kind: OpKind) -> str:
     classes: dict[OpKind, str] = {
         "gemm": "GEMM",
         "gemm_silu": "GEMM",
+        "grouped_gemm": "GEMM",
+        "grouped_gemm_silu": "GEMM",
         "decode_attention": "decode attention",
         "prefill_attention": "prefill attention",
         "all_reduce": "collective",
+        "all_gather": "collective",
     }
     return classes.get(kind, "norm, rotary")
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..profiler.profile import Profile
-from ..runtime.op_graph import GEMM_KINDS, Op, OpGraph, RowMix
+from ..runtime.op_graph import DENSE_GEMM_KINDS, Op, OpGraph, RowMix
 from ..runtime.op_shapes import shape_numbers
 from ..runtime.plan import Schedule
 from ..runtime.schedule import row_mix
@@ -63,7 +63,7 @@ def gemm_peak(profile: Profile | None, hardware: HardwareSpec, dtype: str) -> Ge
     best, best_name = 0.0, ""
     for row in profile.usable_rows if profile else ():
         point = row.point
-        is_gemm = point.kind in GEMM_KINDS
+        is_gemm = point.kind in DENSE_GEMM_KINDS
         if is_gemm and point.num_sms == hardware.num_sms and row.median_us > 0:
             n, k = shape_numbers(point.shape)
             flops_per_s = 2.0 * n * k * point.tokens / (row.median_us * 1e-6)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..search_spaces.schema import Dtype, ModelSpec
 from .kernels.registry import HeadShape
+from .support import check_runs
 
 _TORCH_DTYPES: dict[Dtype, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -133,7 +134,12 @@ def build_weights(
     device: torch.device,
     num_layers: int | None = None,
 ) -> Weights:
-    """Assemble the fused matrices of one rank from a source of named ones."""
+    """Assemble the fused matrices of one rank from a source of named ones.
+
+    Raises:
+        ValueError: a model with experts.
+    """
+    check_runs(model)
     layers = model.num_hidden_layers if num_layers is None else num_layers
     hidden, vocab = model.hidden_size, model.vocab_size
     table = (vocab, hidden)

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from nanoflow_tune.autotune.capacity import (
     DoesNotFitError,
+    activation_bytes,
     allowed_num_gpus,
     dense_batch,
     num_gpus_default,
+    rank_weight_bytes,
     row_mix,
 )
 from nanoflow_tune.search_spaces.loader import (
@@ -27,6 +31,7 @@ H200, QUICK, STEADY = load_hardware("h200"), load_space("quick"), load_workload(
         ("llama3-70b", "h200", 2),
         ("qwen2-72b", "h200", 2),
         ("deepseek-67b", "h200", 2),
+        ("mixtral-8x7b", "h200", 1),
         ("llama2-70b", "a100-80", 4),
     ],
 )
@@ -66,3 +71,21 @@ def test_decode_rows_are_a_multiple_of_eight():
     mix = row_mix(load_workload("1024/512"), 2048)
     assert mix.decode_tokens % 8 == 0
     assert mix.tokens == 2048
+
+
+def test_experts_take_a_buffer_for_every_routed_row():
+    mixtral, dense = load_model("mixtral-8x7b"), load_model("llama3-8b")
+    more = activation_bytes(mixtral, 1, 100) - activation_bytes(
+        replace(dense, vocab_size=mixtral.vocab_size), 1, 100
+    )
+    # Beyond one row through the FFN: another one, and each row at the way in and out, twice.
+    assert more == 100 * 2 * (3 * 14336 + 2 * 2 * 4096)
+
+
+def test_every_rank_has_the_whole_router():
+    model = load_model("mixtral-8x7b")
+    repeated = rank_weight_bytes(model, 1) - 2 * (
+        rank_weight_bytes(model, 1) - rank_weight_bytes(model, 2)
+    )
+    norms_and_router = 32 * (2 + 8) * 4096 + 4096
+    assert repeated == 2 * (norms_and_router + 32000 * 4096)

@@ -100,6 +100,20 @@ def test_search_skips_verification_and_pictures(small_space, in_empty_folder, ca
     assert not (in_empty_folder / "here" / "timeline.png").exists()
 
 
+def test_a_plan_for_experts_can_be_predicted_but_not_verified(small_space, in_empty_folder, capsys):
+    experts = ["--model", "mixtral-8x7b", "--profile", "roofline"]
+    assert cli.main(["search", *experts, "--json", "--output-dir", "here"]) == cli.DONE
+    values = last_json(capsys.readouterr().out)
+    assert (values["source"], values["verified"]) == ("roofline", None)
+    # Of the FLOPs of the experts that a token goes to: no perfect machine needs more.
+    assert 0 < values["percent_of_optimal"] < 100
+    winner = load_plan(in_empty_folder / "here" / "plan.yaml").buckets[0].winner
+    ops = {nano_op.op for nano_op in winner.schedule.nano_ops}
+    assert {"router", "up_gate", "down", "combine"} <= ops
+    assert cli.main(["verify", "here/plan.yaml"]) == cli.BAD_INPUT
+    assert "mixtral-8x7b has 8 a layer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -108,6 +122,7 @@ def test_search_skips_verification_and_pictures(small_space, in_empty_folder, ca
         (["--model", "llama3-8b", "--gpu", "a100-80"], "--profile roofline"),
         (["--model", "llama3-8b", "--profile", "nowhere.csv"], "'nowhere.csv' does not exist"),
         (["--model", "llama3-8b", "--workload", "often"], "often"),
+        (["--model", "mixtral-8x7b"], "only models without experts can be executed"),
         (["verify", "nowhere.yaml"], "nowhere.yaml"),
         (["report", "nowhere"], "report.json"),
         (["profile", "--model", "llama3-8b"], "needs 1 x NVIDIA H200"),

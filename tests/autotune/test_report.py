@@ -184,10 +184,10 @@ def test_page_is_the_same_from_the_saved_document(predicted):
 
 
 def test_gemm_peak_is_the_best_row_on_all_sms():
-    def row(tokens, num_sms, us):
+    def row(tokens, num_sms, us, kind="gemm", shape="n28672_k4096"):
         point = Point(
-            kind="gemm",
-            shape="n28672_k4096",
+            kind=kind,
+            shape=shape,
             variant="cublas",
             tokens=tokens,
             kv_len=0,
@@ -205,7 +205,8 @@ def test_gemm_peak_is_the_best_row_on_all_sms():
             watts=690.0,
         )
 
-    rows = (row(2048, 132, 700.0), row(2048, 100, 1.0), row(1024, 132, 360.0))
+    experts = row(2048, 132, 1.0, "grouped_gemm", "e8_t2_n28672_k4096")
+    rows = (row(2048, 132, 700.0), row(2048, 100, 1.0), row(1024, 132, 360.0), experts)
     peak = gemm_peak(
         Profile(hardware="h200", dtype="bfloat16", rows=rows), fakes.h200(), "bfloat16"
     )
