@@ -4,7 +4,8 @@
 over the result (a read and a write of T x D elements); `out_TD` may lie anywhere. `symm_N` pushes
 with N blocks, at most the SMs of the share, and `copy_engine` takes no SMs: both write the peers'
 outputs themselves, so that `out_TD` must be rows of `gather_buffer.output_rows`. The kernel is in
-`cuda/all_gather.cu`.
+`cuda/all_gather.cu`. Columns that are not in place are copied on this rank too, which the driver
+may do with SMs.
 
 Shape legend: `gather_buffer`.
 """

@@ -68,6 +68,26 @@ def test_each_row_meets_the_weights_of_its_expert(counts, num_sms):
         assert bool(out[0].isnan().all() and out[-1].isnan().all()), name
 
 
+@pytest.mark.parametrize("num_sms", [16, 132])
+def test_a_silu_behind_it_gives_up_times_silu_of_gate(num_sms):
+    from nanoflow_tune.runtime.kernels import gemm_silu, registry
+    from nanoflow_tune.runtime.kernels.triton_rows import silu_mul
+
+    variants()  # registers them
+    gemm_silu.register_unfused("cuda", silu_mul)
+    x, weight, offsets, products = operands([0, 5, 60, 1], 2 * 88, 72)
+    products = products.to(DTYPE).double()  # as the scratch buffer holds them
+    expected = products[:, 88:] * products[:, 88:].sigmoid() * products[:, :88]
+    for name in variants():
+        scratch, out = (
+            torch.full((x.shape[0], n), float("nan"), device=DEVICE, dtype=DTYPE)
+            for n in (2 * 88, 88)
+        )
+        run = registry.kernel("grouped_gemm_silu", name, "cuda")
+        run(x, weight, offsets, scratch, out, num_sms)
+        assert relative_error(out, expected) < tolerance(), name
+
+
 def test_no_rows_launch_nothing():
     x, weight, offsets, _ = operands([0, 0], 64, 64)
     out = torch.empty(0, 64, device=DEVICE, dtype=DTYPE)

@@ -12,6 +12,7 @@ from nanoflow_tune.profiler.profile import PairRow, TripleRow
 from nanoflow_tune.profiler.rank_jobs import ProfileJob, ProfileRun
 from nanoflow_tune.profiler.store import load_profile, read_pairs, read_rows, read_triples
 from nanoflow_tune.runtime.launch import RankContext
+from nanoflow_tune.runtime.op_graph import OpGraph
 from nanoflow_tune.search_spaces.loader import load_hardware, load_model
 
 from .curves import linear, row_of
@@ -112,6 +113,15 @@ def test_each_shape_goes_to_the_file_of_the_first_model_that_has_it(measured, tm
     assert header["sustained_gemm"] == "one of 2"
     assert len(rows) == len({row.point for row in rows})
     assert any(row.joules_source == "measured" for row in rows)
+
+
+def test_a_run_of_experts_measures_every_op_of_their_layer(measured, tmp_path):
+    profile_run.run(CTX, order(tmp_path, ("mixtral-8x7b",)))
+    points = {row.point for row in read_rows(tmp_path / "mixtral-8x7b-tp1.csv")[1]}
+    graph = OpGraph.build(load_model("mixtral-8x7b"))
+    assert {(p.kind, p.shape) for p in points} >= {(op.kind, op.shape) for op in graph.layer}
+    pairs = read_pairs(tmp_path / "mixtral-8x7b-tp1.pairs.csv")[1]
+    assert {pair.a.kind for pair in pairs} >= {"grouped_gemm_silu", "gemm", "prefill_attention"}
 
 
 def test_co_runs_and_triples_lie_beside_the_models_file_and_are_part_of_the_profile(
