@@ -49,6 +49,8 @@ class GemmTile:
     """CTAs along the rows that share their loads of weights."""
     is_split: bool = False
     """Divide the last waves along K."""
+    is_pingpong: bool = False
+    """The consumers take whole tiles in turn: one multiplies while the other stores."""
 
     @property
     def num_stages(self) -> int:
@@ -68,7 +70,12 @@ class GemmTile:
     @property
     def accumulators(self) -> int:
         """fp32 sums of one thread."""
-        return self.rows * self.columns // (CONSUMERS * 128)
+        return self.rows * self.columns // (128 if self.is_pingpong else CONSUMERS * 128)
+
+    @property
+    def store_clocks(self) -> float:
+        """What a tile costs beside its k-steps."""
+        return 0.0 if self.is_pingpong else _TILE_CLOCKS
 
     @property
     def step_clocks(self) -> float:
@@ -113,7 +120,7 @@ class Division:
     def clocks(self, tile: GemmTile) -> float:
         """Clocks of the busiest cluster, by the constants above."""
         waves = -(-self.whole_tiles // self.clusters)
-        clocks = waves * (self.steps * tile.step_clocks + _TILE_CLOCKS)
+        clocks = waves * (self.steps * tile.step_clocks + tile.store_clocks)
         if self.split_units:
             steps = -(-self.split_units // self.clusters)
             partial_bytes = tile.rows * tile.columns * 4
@@ -132,6 +139,7 @@ def fitted_tile(
     tile_rows: int = 128,
     cluster: int = 1,
     is_split: bool = False,
+    is_pingpong: bool = False,
     has_silu: bool = False,
 ) -> GemmTile:
     """The tile of this height whose width takes the fewest clocks; of equal ones the widest.
@@ -141,7 +149,13 @@ def fitted_tile(
     """
     step = 16 if has_silu or cluster > 1 else 8
     tiles = (
-        GemmTile(rows=tile_rows, columns=width, cluster=cluster, is_split=is_split)
+        GemmTile(
+            rows=tile_rows,
+            columns=width,
+            cluster=cluster,
+            is_split=is_split,
+            is_pingpong=is_pingpong,
+        )
         for width in reversed(_WIDTHS)
         if width % step == 0
     )

@@ -1,9 +1,9 @@
 """Persistent wgmma GEMMs for Hopper: the grid is the SM share, the tile is fitted to it.
 
 The kernel is `cuda/gemm.cu`, compiled for the tile that `gemm_tiles.py` chooses per call. Variants:
-`sm90` and `sm90_256` have tiles of 128 and 256 rows, `sm90_c2` pairs CTAs that share weights,
-`sm90_sk` divides the last waves along K (stream-K). Each is a variant of `gemm` and, with SiLU x up
-in its epilogue, of `gemm_silu`.
+`sm90` and `sm90_256` have tiles of 128 and 256 rows, `_c2` pairs CTAs that share weights, `_pp`
+takes tiles in turn between the two consumers, `_sk` divides the last waves along K (stream-K).
+Each is a variant of `gemm` and, with SiLU x up in its epilogue, of `gemm_silu`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class GemmFamily:
     rows: int
     cluster: int = 1
     is_split: bool = False
+    is_pingpong: bool = False
 
     def tile(self, x_TK: Tensor, weight_NK: Tensor, num_sms: int, *, has_silu: bool) -> GemmTile:
         """The tile for one call."""
@@ -52,6 +53,7 @@ class GemmFamily:
             tile_rows=self.rows,
             cluster=self.cluster,
             is_split=self.is_split,
+            is_pingpong=self.is_pingpong,
             has_silu=has_silu,
         )
 
@@ -60,6 +62,8 @@ FAMILIES = (
     GemmFamily(name="sm90", rows=128),
     GemmFamily(name="sm90_256", rows=256),
     GemmFamily(name="sm90_c2", rows=128, cluster=2),
+    GemmFamily(name="sm90_pp", rows=128, is_pingpong=True),
+    GemmFamily(name="sm90_pp_c2", rows=128, cluster=2, is_pingpong=True),
     GemmFamily(name="sm90_sk", rows=128, is_split=True),
 )
 
@@ -96,6 +100,7 @@ def compiled(tile: GemmTile, *, has_silu: bool) -> CudaKernel:
             "CLUSTER": tile.cluster,
             "SILU": int(has_silu),
             "STREAM_K": int(tile.is_split),
+            "PINGPONG": int(tile.is_pingpong),
         },
         headers={"wgmma_width.cuh": wgmma_source(tile.columns)},
     )

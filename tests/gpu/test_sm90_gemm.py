@@ -21,7 +21,7 @@ SHAPES = [
 SHARES = [8, 20, 100, 124, 132]
 
 
-@pytest.fixture(params=["sm90", "sm90_256", "sm90_c2", "sm90_sk"])
+@pytest.fixture(params=["sm90", "sm90_256", "sm90_c2", "sm90_pp", "sm90_pp_c2", "sm90_sk"])
 def variant(request):
     from nanoflow_tune.runtime import kernels
 

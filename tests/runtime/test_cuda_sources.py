@@ -25,6 +25,8 @@ GEMM_TILES = [
     (GemmTile(rows=128, columns=32), True),
     (GemmTile(rows=128, columns=256, cluster=2), False),
     (GemmTile(rows=256, columns=176), False),
+    (GemmTile(rows=128, columns=176, is_pingpong=True), False),
+    (GemmTile(rows=128, columns=176, is_pingpong=True, cluster=2), True),
     (GemmTile(rows=256, columns=160), True),
     (GemmTile(rows=128, columns=256, is_split=True), False),
 ]

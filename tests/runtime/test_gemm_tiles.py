@@ -8,6 +8,12 @@ from hypothesis import strategies as st
 
 from nanoflow_tune.runtime.kernels.gemm_tiles import BLOCK_K, Division, GemmTile, fitted_tile
 
+FORMS = (
+    {"tile_rows": 128},
+    {"tile_rows": 256},
+    {"tile_rows": 128, "is_split": True},
+    {"tile_rows": 128, "is_pingpong": True},
+)
 SHARES = (8, 16, 64, 68, 84, 100, 108, 116, 124, 132)
 
 
@@ -16,23 +22,21 @@ SHARES = (8, 16, 64, 68, 84, 100, 108, 116, 124, 132)
     columns=st.integers(8, 30000),
     depth=st.integers(1, 15000),
     num_sms=st.sampled_from(SHARES),
-    tile_rows=st.sampled_from((128, 256)),
+    form=st.sampled_from(FORMS),
     cluster=st.sampled_from((1, 2)),
-    is_split=st.booleans(),
     has_silu=st.booleans(),
 )
 def test_a_fitted_tile_can_be_compiled_and_covers_the_output(
-    rows, columns, depth, num_sms, tile_rows, cluster, is_split, has_silu
+    rows, columns, depth, num_sms, form, cluster, has_silu
 ):
     tile = fitted_tile(
         rows,
         columns,
         depth,
         num_sms,
-        tile_rows=tile_rows,
         cluster=cluster,
-        is_split=is_split,
         has_silu=has_silu,
+        **form,
     )
     assert tile.columns % (16 if has_silu or cluster == 2 else 8) == 0
     assert tile.columns <= 256

@@ -12,9 +12,11 @@
 // order: the same bits in every run. It waits for nobody before it, so there is no cycle; waiting
 // CTAs need the later ones to be running or to start later, which they always do.
 //
+// PINGPONG: the consumers take whole tiles in turn instead of half of the rows each, so that one
+// multiplies while the other stores; they follow each other through the same ring.
+//
 // Macros: BLOCK_M, BLOCK_N (tile; for SILU counts up and gate columns), STAGES, CLUSTER (1, 2),
-// CONSUMERS_N (1: the consumers take half of the rows each; 2: half of the columns), SILU,
-// STREAM_K.
+// SILU, STREAM_K, PINGPONG (0, 1; not both of the last two).
 //
 // SILU: w holds the up rows, then as many gate rows (`gate_row` further on); out = silu(gate) up,
 // where a tile takes BLOCK_N / 2 columns of each, so that a thread owns both of a pair.
@@ -27,7 +29,9 @@ namespace {
 constexpr int BLOCK_K = 64;  // 128 bytes: one swizzled row
 constexpr int WARPGROUP = 128;
 constexpr int CONSUMERS = 2;
-constexpr int TILES_M = BLOCK_M / (64 * CONSUMERS);     // wgmma tiles of a consumer, along the rows
+constexpr int OWNERS = PINGPONG ? 1 : CONSUMERS;        // consumers of one tile
+constexpr int TURNS = CONSUMERS / OWNERS;               // tiles until a consumer has its next one
+constexpr int TILES_M = BLOCK_M / (64 * OWNERS);        // wgmma tiles of a consumer, along the rows
 constexpr int NUM_BOXES = SILU || CLUSTER > 1 ? 2 : 1;  // of weights: up and gate, or one a CTA
 constexpr int BOX_ROWS = BLOCK_N / NUM_BOXES;
 constexpr int ACCUMULATORS = BLOCK_N / 2;  // per thread and wgmma tile
@@ -44,7 +48,8 @@ constexpr int STAGE_BYTES = A_BYTES + W_BYTES;
 constexpr int STORE_OFFSET = STAGES * STAGE_BYTES;
 constexpr int BARRIER_OFFSET = STORE_OFFSET + CONSUMERS * CHUNK_BUFFERS * CHUNK_BYTES;
 
-static_assert(TILES_M * 64 * CONSUMERS == BLOCK_M, "BLOCK_M must divide into wgmma tiles");
+static_assert(TILES_M * 64 * OWNERS == BLOCK_M, "BLOCK_M must divide into wgmma tiles");
+static_assert(!(STREAM_K && PINGPONG), "pieces of tiles take no turns");
 static_assert(BOX_ROWS % 8 == 0, "a box of weights must be whole blocks of eight rows");
 
 // How the work is divided; the same in producer and consumers.
@@ -289,13 +294,24 @@ __device__ void consume(const TensorMap* out_map, const Output& out, const Divis
                         uint32 ring, uint32 full, uint32 empty, uint32 store_buffers,
                         const uint16* bias, float* partials, int* flags, int cluster, int clusters,
                         uint32 rank, int consumer, int thread) {
-  uint32 a_offset = consumer * TILES_M * 64 * 128;
+  int first_row = PINGPONG ? 0 : consumer * TILES_M * 64;  // of the tile
+  uint32 a_offset = first_row * 128;
   uint32 buffers = store_buffers + consumer * CHUNK_BUFFERS * CHUNK_BYTES;
   int stage = 0;
   uint32 parity = 0, turn = 0;
+  auto skip = [&](int steps) {  // the ring's stages of the other consumer's tile
+    stage += steps;
+    parity ^= stage / STAGES & 1;
+    stage %= STAGES;
+  };
+  int n = 0;
+  if (PINGPONG && consumer == 1) {
+    skip(division.steps);
+    n = 1;
+  }
   float d[TILES_M][ACCUMULATORS];
   Segment segment;
-  for (int n = 0; segment_of(division, n, cluster, clusters, segment); ++n) {
+  for (; segment_of(division, n, cluster, clusters, segment); n += TURNS) {
     int released = -1;
     for (int step = segment.first_step; step < segment.end_step; ++step) {
       mbarrier_wait(full + 8 * stage, parity);
@@ -322,6 +338,7 @@ __device__ void consume(const TensorMap* out_map, const Output& out, const Divis
       if (++stage == STAGES) stage = 0, parity ^= 1;
     }
     wgmma_wait<0>();
+    if (PINGPONG) skip(division.steps);
     if (thread < CLUSTER) {
       if (CLUSTER > 1) {
         mbarrier_arrive_cluster(empty + 8 * released, thread);
@@ -338,7 +355,7 @@ __device__ void consume(const TensorMap* out_map, const Output& out, const Divis
                    thread);
     }
     Place place = place_of(division, segment.tile);
-    int row = (place.m * CLUSTER + static_cast<int>(rank)) * BLOCK_M + consumer * TILES_M * 64;
+    int row = (place.m * CLUSTER + static_cast<int>(rank)) * BLOCK_M + first_row;
     int column = place.n * OUT_WIDTH;
     if (!SILU && bias != nullptr) add_bias(d, bias, column, out.columns, thread);
     store_tile(d, out_map, buffers, turn, row, column, consumer, thread);
@@ -367,7 +384,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * (1 + CONSUMERS), 1)
     prefetch_tensor_map(&out_map);
     for (int stage = 0; stage < STAGES; ++stage) {
       mbarrier_init(full + 8 * stage, 1);
-      mbarrier_init(empty + 8 * stage, CONSUMERS * CLUSTER);
+      mbarrier_init(empty + 8 * stage, OWNERS * CLUSTER);
     }
     fence_mbarrier_init();
   }
