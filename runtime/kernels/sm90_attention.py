@@ -16,12 +16,14 @@ import ctypes
 import functools
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .cuda_module import CudaKernel, TensorMap, tensor_map
 from .registry import DecodeRows, HeadShape, register
+from .workspace import per_stream
 
 PAGE_SIZE = 16
 HEAD_DIMS = (64, 128)
@@ -130,26 +132,6 @@ def _new_workspace(num_workers: int, floats: int) -> _Workspace:
     )
 
 
-_WORKSPACES: dict[tuple[int, int, int, int], _Workspace] = {}
-
-
-def _workspace(num_workers: int, floats: int) -> _Workspace:
-    """The current stream's workspace, kept because graphs hold its address.
-
-    Launches on one stream take turns and may share it; so may graphs that were captured on it,
-    unless two of them run at once. What is allocated inside a capture belongs to the graph, and its
-    zeros are written at replay only, so it is not kept: correct, at the price of a memset a call.
-    """
-    stream = torch.cuda.current_stream()
-    key = (torch.cuda.current_device(), stream.cuda_stream, num_workers, floats)
-    if key in _WORKSPACES:
-        return _WORKSPACES[key]
-    workspace = _new_workspace(num_workers, floats)
-    if not torch.cuda.is_current_stream_capturing():
-        _WORKSPACES[key] = workspace
-    return workspace
-
-
 def _pool_map(pages_PGBH: Tensor) -> TensorMap:
     """Boxes of one page and kv head: halves of 64 columns, 16 rows of 128 bytes each."""
     num_pages, num_kv_heads, page_size, head_dim = pages_PGBH.shape
@@ -238,7 +220,8 @@ def launch_decode(
             f"{rows.num_rows} decode rows: their prefix sum must fit the ring, so at most "
             f"{max_rows} rows a call"
         )
-    workspace = _workspace(num_sms * tile.num_warps, partial_floats(head_dim, group))
+    size = num_sms * tile.num_warps, partial_floats(head_dim, group)
+    workspace = per_stream(_Workspace, size, partial(_new_workspace, *size))
     kernel.launch(
         (num_sms, 1, 1),
         32 * tile.num_warps,

@@ -12,6 +12,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from .gemm_tiles import (
     fitted_tile,
 )
 from .registry import register
+from .workspace import per_stream
 
 _THREADS = 128 * (1 + CONSUMERS)
 _MAX_TILE = 256 * 176
@@ -121,19 +123,6 @@ def _new_workspace(num_sms: int) -> _Workspace:
     )
 
 
-@functools.cache
-def _cached_workspace(device: int, stream: int) -> _Workspace:
-    del stream  # launches on one stream take turns and may share
-    return _new_workspace(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _workspace(num_sms: int) -> _Workspace:
-    """This stream's workspace; what is made inside a capture belongs to the graph."""
-    if torch.cuda.is_current_stream_capturing():
-        return _new_workspace(num_sms)
-    return _cached_workspace(torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream)
-
-
 def _check(name: str, tensor: Tensor) -> None:
     row_bytes = tensor.stride(0) * tensor.element_size()
     if tensor.dtype != torch.bfloat16 or tensor.stride(1) != 1:
@@ -171,7 +160,8 @@ def launch_gemm(
     num_boxes = 2 if has_silu or tile.cluster > 1 else 1
     partials, flags = out_TN, out_TN  # not touched when nothing is split
     if division.split_units:
-        workspace = _workspace(num_sms)
+        device_sms = torch.cuda.get_device_properties(x_TK.device).multi_processor_count
+        workspace = per_stream(_Workspace, device_sms, partial(_new_workspace, device_sms))
         partials, flags = workspace.partials, workspace.flags
     counts = (
         rows,
