@@ -3,10 +3,10 @@
 `prepare` unrolls the schedule once and binds every instance to a launch without arguments. `run`
 is one loop over them in issue order. On CUDA an instance runs on the stream of its (lane, SM
 share); it waits by events for producers on other streams, and for nothing else: producers on its
-own stream are behind it in stream order. Embedding runs before and final norm, LM head and greedy
-sampling run after all of them, on the caller's stream and the whole GPU.
+own stream are behind it in stream order. Embedding runs before and final norm, LM head and sampling
+run after all of them, on the caller's stream and the whole GPU.
 
-Shape legend: T rows of the dense batch, D hidden, R logit rows, V this rank's vocabulary, W ranks.
+Shape legend: T rows of the dense batch, D hidden, R logit rows, V this rank's vocabulary.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
 from .batching import DenseBatch
 from .binding import Binder, Launch
@@ -26,6 +26,7 @@ from .kernels import torch_ops
 from .kv_cache import PagedKvCache
 from .op_graph import OpGraph
 from .plan import NanoOp, Schedule
+from .sampling import GreedySampler, MakeSampler, Sampler
 from .schedule import Instance, unroll
 from .weights import Weights
 
@@ -71,8 +72,11 @@ class Executor:
         batch: DenseBatch,
         schedule: Schedule,
         resources: Resources | None = None,
+        make_sampler: MakeSampler | None = GreedySampler,
     ) -> None:
         """Bind nothing yet; `prepare` does.
+
+        Without a sampler a run ends with the logits, and the caller samples from `logits_RV`.
 
         Raises:
             ValueError: batch and schedule differ in rows, a request is longer than the model
@@ -94,6 +98,8 @@ class Executor:
             raise ValueError(f"{graph.tp_degree} ranks need `Resources.groups`, one for each lane")
         self.graph, self.weights, self.cache = graph, weights, cache
         self.batch, self.schedule = batch, schedule
+        self._make_sampler = make_sampler
+        self.sampler: Sampler | None = None
         self.device = weights.device
         self.instances: list[Instance] = []
         self._steps: list[_Step] = []
@@ -164,15 +170,14 @@ class Executor:
         self._last_normed_RD = new((num_logits, hidden))
         self.logits_RV = new((num_logits, vocab))
         """Logits of this rank's part of the vocabulary."""
-        self._best_R = new(num_logits)
-        self._local_ids_R = torch.empty(num_logits, dtype=torch.int64, device=self.device)
-        self.next_token_ids_R = torch.empty_like(self._local_ids_R)
-        """Greedy tokens, the same on every rank, in the order of `batch.logit_requests`."""
-        ranks = weights.tp_degree
-        self._all_best_WR = new((ranks, num_logits))
-        self._all_ids_WR = torch.empty((ranks, num_logits), dtype=torch.int64, device=self.device)
-        self._best_by_rank = list(self._all_best_WR.unbind(0))
-        self._ids_by_rank = list(self._all_ids_WR.unbind(0))
+        if self._make_sampler is not None:
+            self.sampler = self._make_sampler(weights, num_logits)
+
+    @property
+    def next_token_ids_R(self) -> Tensor:  # noqa: N802 - shape suffix
+        """int64: tokens of the last run, in the order of `batch.logit_requests`."""
+        assert self.sampler is not None, "the executor was made without a sampler"
+        return self.sampler.next_token_ids_R
 
     def run(self, observe: Observe | None = None) -> None:
         """Run the whole iteration in issue order.
@@ -267,7 +272,7 @@ class Executor:
         )
 
     def _finish(self) -> None:
-        """Final norm, LM head and greedy sampling on the logit rows."""
+        """Final norm, LM head and sampling on the logit rows."""
         for final_sum in self._final_sums:
             final_sum()
         weights, rows_R = self.weights, self.batch.logit_rows_R
@@ -282,12 +287,5 @@ class Executor:
             0,
         )
         torch_ops.gemm(self._last_normed_RD, weights.lm_head_VD, None, self.logits_RV, 0)
-        if weights.tp_degree == 1:
-            torch_ops.sampling(self.logits_RV, self._best_R, self.next_token_ids_R, 0)
-            return
-        torch_ops.sampling(self.logits_RV, self._best_R, self._local_ids_R, 0)
-        self._local_ids_R.add_(weights.vocab_start)
-        dist.all_gather(self._best_by_rank, self._best_R)
-        dist.all_gather(self._ids_by_rank, self._local_ids_R)
-        winner_1R = self._all_best_WR.argmax(dim=0, keepdim=True)
-        torch.gather(self._all_ids_WR, 0, winner_1R, out=self.next_token_ids_R.unsqueeze(0))
+        if self.sampler is not None:
+            self.sampler(self.logits_RV)
