@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..search_spaces.schema import Dtype, ModelSpec
 from .kernels.registry import HeadShape
+from .rotary import rotary_table
 from .support import check_runs
 
 _TORCH_DTYPES: dict[Dtype, torch.dtype] = {
@@ -114,15 +115,6 @@ def vocab_range(model: ModelSpec, rank: int, tp_degree: int) -> tuple[int, int]:
             f"vocab_size={model.vocab_size}, tp_degree={tp_degree}"
         )
     return start, end
-
-
-def rotary_table(model: ModelSpec, device: torch.device) -> Tensor:
-    """Cosines and sines of all positions, fp32 [L, H]."""
-    exponents_h = torch.arange(0, model.head_dim, 2, dtype=torch.float32) / model.head_dim
-    frequencies_h = 1.0 / model.rope_theta**exponents_h
-    positions_L = torch.arange(model.max_position_embeddings, dtype=torch.float32)
-    angles_Lh = torch.outer(positions_L, frequencies_h)
-    return torch.cat((angles_Lh.cos(), angles_Lh.sin()), dim=-1).to(device)
 
 
 def build_weights(

@@ -1,7 +1,8 @@
 """Reads a ModelSpec from a Hugging Face `config.json`.
 
 Only what the runtime computes exactly is accepted. A setting that would change the mathematics
-(rotary scaling, sliding windows, biases, quantised weights) is refused by name, never ignored.
+(sliding windows, rotary scaling by the text's length, biases, quantised weights) is refused by
+name, never ignored.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from .hf_rope import rope_parameters, rope_scaling
 from .records import SpecError, from_mapping
 from .schema import Architecture, ModelSpec
 
@@ -76,8 +78,7 @@ def _architecture(config: Mapping[str, Any], where: str) -> Architecture:
 
 
 def _refuse_unsupported(config: dict[str, Any], architecture: Architecture, where: str) -> None:
-    rope = dict(_mapping(config, "rope_parameters", where))
-    rope_type = _rope_type(config, where)
+    rope = rope_parameters(config, where)
     layer_types = config.get("layer_types") or ["full_attention"]
     if not isinstance(layer_types, list):
         raise SpecError(f"{where}: `layer_types`: must be a list or null, but got {layer_types!r}")
@@ -86,7 +87,6 @@ def _refuse_unsupported(config: dict[str, Any], architecture: Architecture, wher
     else:
         has_sliding_window = config.get("sliding_window") is not None
     unsupported = {
-        f"rotary scaling of type {rope_type!r}": rope_type != "default",
         "a sliding attention window": has_sliding_window
         or any(kind != "full_attention" for kind in cast("list[object]", layer_types)),
         "`attention_bias: true`": architecture != "qwen2" and bool(config.get("attention_bias")),
@@ -102,23 +102,6 @@ def _refuse_unsupported(config: dict[str, Any], architecture: Architecture, wher
                 f"{where}: {setting} is not supported yet, and leaving it out would change the "
                 "model's results; choose a checkpoint without it"
             )
-
-
-def _mapping(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    value = config.get(key) or {}
-    if not isinstance(value, dict):
-        raise SpecError(f"{where}: `{key}`: must be an object or null, but got {value!r}")
-    return cast("Mapping[str, Any]", value)
-
-
-def _rope_type(config: Mapping[str, Any], where: str) -> str:
-    """Kind of rotary scaling; `rope_parameters` is the newer place, `type` the older key."""
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = _mapping(config, key, where)
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            return str(kind)
-    return "default"
 
 
 def _spec_values(
@@ -138,7 +121,7 @@ def _spec_values(
             )
         head_dim = hidden // heads
     kv_heads = config.get("num_key_value_heads")
-    theta = _mapping(config, "rope_parameters", str(file)).get("rope_theta")
+    theta = rope_parameters(config, str(file)).get("rope_theta")
     dtype = config.get("torch_dtype") or config.get("dtype")
     experts = _DEFAULT_EXPERTS if architecture == "mixtral" else dict[str, int]()
     return {key: config[key] for key in _REQUIRED} | {
@@ -147,6 +130,7 @@ def _spec_values(
         "num_key_value_heads": heads if kv_heads is None else kv_heads,
         "head_dim": head_dim,
         "rope_theta": config.get("rope_theta", 10000.0) if theta is None else theta,
+        "rope_scaling": rope_scaling(config, str(file)),
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
         "torch_dtype": dtype or ModelSpec.__dataclass_fields__["torch_dtype"].default,
         **{key: config.get(key, default) for key, default in experts.items()},

@@ -13,14 +13,65 @@ from typing import Literal
 Architecture = Literal["llama", "qwen2", "mixtral"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 RowOrder = Literal["decodes_first", "interleaved"]
+RopeType = Literal["linear", "llama3", "yarn"]
 
 DTYPE_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+ROPE_KEYS: dict[RopeType, tuple[str, ...]] = {
+    "linear": (),
+    "llama3": ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("original_max_position_embeddings", "beta_slow", "beta_fast", "attention_factor"),
+}
+"""Keys that each type of rotary scaling needs besides `factor`."""
+_ROPE_KEYS_ANY = frozenset(key for keys in ROPE_KEYS.values() for key in keys)
 
 
 def _require(condition: bool, rule: str, **values: object) -> None:
     if not condition:
         got = ", ".join(f"{name}={value!r}" for name, value in values.items())
         raise ValueError(f"{rule}, but got {got}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are changed for contexts longer than those of the first training.
+
+    Keys as in `rope_parameters` of a Hugging Face `config.json`; each type has its own.
+    """
+
+    rope_type: RopeType
+    factor: float
+    """Positions are as if divided by it, where frequencies are low (`linear`: everywhere)."""
+    original_max_position_embeddings: int | None = None
+    """Positions of the first training (`llama3`, `yarn`)."""
+    low_freq_factor: float | None = None
+    """`llama3`: fewer turns than this over the first training are stretched by `factor`."""
+    high_freq_factor: float | None = None
+    """`llama3`: more turns than this are left as they are."""
+    beta_slow: float | None = None
+    """`yarn`: as `low_freq_factor`."""
+    beta_fast: float | None = None
+    """`yarn`: as `high_freq_factor`."""
+    attention_factor: float | None = None
+    """`yarn`: multiplies cosines and sines."""
+
+    def __post_init__(self) -> None:
+        given = {name for name in _ROPE_KEYS_ANY if getattr(self, name) is not None}
+        _require(
+            given == set(ROPE_KEYS[self.rope_type]),
+            f"rotary scaling of type {self.rope_type!r} needs "
+            f"{', '.join(('factor', *ROPE_KEYS[self.rope_type]))}, and no other",
+            given=sorted(given),
+        )
+        for name in ("factor", *sorted(given)):
+            value = getattr(self, name)
+            _require(value > 0, f"`rope_scaling.{name}` must be positive", value=value)
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            _require(
+                low not in given or getattr(self, low) < getattr(self, high),
+                f"`{low}` must be smaller than `{high}`",
+                low=getattr(self, low),
+                high=getattr(self, high),
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +99,7 @@ class ModelSpec:
     """Feed-forward networks of a layer, of which a router chooses; None: one, without a router."""
     num_experts_per_tok: int | None = None
     """Experts that each token goes to."""
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         for name in (

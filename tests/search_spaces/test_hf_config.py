@@ -95,9 +95,29 @@ def test_experts_are_read_and_a_dense_model_has_none(folder):
             "supported are LlamaForCausalLM, Qwen2ForCausalLM, MixtralForCausalLM",
         ),
         ({"architectures": None, "model_type": "gpt2"}, "architecture model_type gpt2 is not"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "rotary scaling of type 'llama3' is not"),
-        ({"rope_scaling": {"type": "linear"}}, "rotary scaling of type 'linear' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rotary scaling of type 'yarn' is not"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "scaling of type 'dynamic' is not"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "scaling of type 'longrope' is not"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "needs factor, low_freq_factor, high_freq"),
+        ({"rope_scaling": {"type": "linear"}}, "type 'linear' needs factor; add what is missing"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "truncate": False}},
+            "'yarn' with `truncate: false` is not supported",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": -2.0}},
+            r"`rope_scaling`: `rope_scaling.factor` must be positive, but got value=-2.0",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 4.0,
+                    "high_freq_factor": 4.0,
+                }
+            },
+            "`low_freq_factor` must be smaller than `high_freq_factor`",
+        ),
         ({"rope_scaling": 8}, "`rope_scaling`: must be an object or null, but got 8"),
         ({"attention_bias": True}, "`attention_bias: true` is not supported yet"),
         ({"mlp_bias": True}, "`mlp_bias: true` is not supported yet"),
