@@ -1,6 +1,7 @@
 """Paged keys and values: a pool of pages per layer, and which of them are free.
 
-Shape legend: P pages, G kv heads of this rank, B tokens of a page, H head dim.
+Shape legend: L layers, Z = 2 (keys, values), P pages, G kv heads of this rank, B tokens of a page,
+H head dim.
 
 Page 0 is never handed out: page tables are padded with it, and verification uses it as a guard.
 """
@@ -13,19 +14,12 @@ import torch
 from torch import Tensor
 
 from ..search_spaces.schema import DTYPE_BYTES, Dtype, ModelSpec
+from .kv_sizes import PAGE_SIZE, pages_for
 from .weights import seeded_generator, torch_dtype
-
-PAGE_SIZE = 16
-"""Tokens of a page unless the plan says otherwise."""
 
 
 class OutOfPagesError(RuntimeError):
     """The cache has fewer free pages than a request needs."""
-
-
-def pages_for(num_tokens: int, page_size: int = PAGE_SIZE) -> int:
-    """Pages that hold `num_tokens` tokens of one request."""
-    return -(-num_tokens // page_size)
 
 
 def cache_bytes(
@@ -80,8 +74,10 @@ class PagedKvCache:
         )
         layers = model.num_hidden_layers if num_layers is None else num_layers
         dtype = torch_dtype(model.torch_dtype)
-        self.k_pages = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers))
-        self.v_pages = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers))
+        self.pool_LZPGBH = torch.zeros((layers, 2, *shape), dtype=dtype, device=device)
+        """All of it in one tensor, by layer and keys or values, so that pages move as a whole."""
+        self.k_pages = tuple(layer_ZPGBH[0] for layer_ZPGBH in self.pool_LZPGBH)
+        self.v_pages = tuple(layer_ZPGBH[1] for layer_ZPGBH in self.pool_LZPGBH)
 
     @property
     def num_free_pages(self) -> int:
@@ -91,8 +87,7 @@ class PagedKvCache:
     @property
     def num_bytes(self) -> int:
         """Bytes of this rank's pages, all layers, page 0 included."""
-        pages = (*self.k_pages, *self.v_pages)
-        return sum(pages_PGBH.numel() * pages_PGBH.element_size() for pages_PGBH in pages)
+        return self.pool_LZPGBH.numel() * self.pool_LZPGBH.element_size()
 
     def allocate(self, num_tokens: int) -> tuple[int, ...]:
         """Hand out pages for `num_tokens` tokens of one request.

@@ -1,0 +1,62 @@
+"""How many pages the running requests will need at their peak, from the decode lengths seen.
+
+A request grows by one token a step until it ends, then all of its pages come back. So the demand
+rises in a straight line between ends and peaks just before one of them; `peak_pages` looks at
+these instants. Ends are not known: a request is taken to generate the average of the lengths seen,
+one that outlives the average to double, and none more than it may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+
+class DecodeLengths:
+    """The average of the generated lengths seen; recent ones weigh more."""
+
+    def __init__(self, expected: float = 256.0, window: int = 512) -> None:
+        """Start from an expectation that counts as one request.
+
+        Args:
+            expected: what requests are taken to generate before any has ended.
+            window: an end moves the average by at least 1 / window of its distance.
+        """
+        self.mean = expected
+        self._seen = 1
+        self._window = window
+
+    def add(self, length: int) -> None:
+        """Count a request that has ended by itself."""
+        self._seen = min(self._seen + 1, self._window)
+        self.mean += (length - self.mean) / self._seen
+
+    def remaining(self, num_generated: int, max_tokens: int) -> float:
+        """Tokens that a request is expected to generate yet, at least 0."""
+        total = max(1.0, self.mean)
+        while total <= num_generated:
+            total *= 2
+        return max(0.0, min(float(max_tokens), total) - num_generated)
+
+
+Growth = tuple[float, int]
+"""Tokens that a request is expected to add, negated to sort the longest first; those it holds."""
+
+
+def peak_pages(growths: Sequence[Growth], page_size: int) -> float:
+    """Most pages in use at once while the given requests run to their expected ends.
+
+    Args:
+        growths: one for each request, sorted; a prefill holds its whole prompt.
+        page_size: tokens of a page; half a page of each request is room not filled.
+    """
+    held = accumulate(tokens for _, tokens in growths)
+    padding = (page_size - 1) / 2
+    peak = max(
+        (
+            tokens + count * (padding - negated)
+            for count, (tokens, (negated, _)) in enumerate(zip(held, growths, strict=True), 1)
+        ),
+        default=0.0,
+    )
+    return peak / page_size

@@ -1,0 +1,462 @@
+"""Which rows the next step computes: continuous batching with a constant dense batch.
+
+Unfinished decodes come first, one row each; prompts are cut into chunks that fill the rest exactly.
+First come, first served throughout. A waiting request is admitted when the pages that all running
+ones are expected to need at their peak fit (`admission`). When pages run out all the same, the
+latest arrival is swapped to host memory, and comes back before anything new is admitted, with no
+token computed twice. No torch here: steps are records, and pages are numbers.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .admission import DecodeLengths, Growth, peak_pages
+from .page_pool import PagePool
+from .prefix_index import PrefixIndex
+from .sequence import (
+    FinishEvent,
+    FinishReason,
+    GenerationRequest,
+    OnEvent,
+    RequestRejected,
+    TokenEvent,
+)
+from .sequence_state import Sequence
+from .step import NOT_YET_KNOWN, CacheOp, Chunk, PageUpdates, SlotTaken, StepInputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """Sizes that hold for the engine's life."""
+
+    max_model_len: int
+    """Prompt and generated tokens of a request."""
+    max_running: int
+    """Requests with a slot."""
+    max_chunks: int = 64
+    """Prompt chunks of a step."""
+    max_waiting: int = 4096
+    """Requests in the queue; more are refused."""
+    expected_decode_tokens: float = 256.0
+    """What requests are taken to generate before any has ended."""
+    admitted_fraction: float = 0.98
+    """Of the pages that the expected peak may fill."""
+    max_swapped_pages: int | None = None
+    """Of requests preempted to host memory; None: no limit. A request that finds no room ends."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one step computes, and for whom."""
+
+    decodes: tuple[Sequence, ...]
+    chunks: tuple[tuple[Sequence, Chunk], ...]
+    inputs: StepInputs
+    """`choice` is empty: what runs the step is not the scheduler's concern."""
+
+    @property
+    def predicting(self) -> tuple[Sequence, ...]:
+        """Owners of the rows that predict a token, in the order of the sampled tokens."""
+        ends = (sequence for sequence, chunk in self.chunks if chunk.is_complete)
+        return (*self.decodes, *ends)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are not padding."""
+        return self.inputs.num_rows
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counts since the start."""
+
+    preemptions: int = 0
+    generated: int = 0
+    prompt: int = 0
+    prefix: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    swapped_pages: int = 0
+
+
+@dataclass(slots=True)
+class _Forming:
+    """The step that is being put together."""
+
+    decodes: list[Sequence] = field(default_factory=list[Sequence])
+    chunks: list[tuple[Sequence, Chunk]] = field(default_factory=list[tuple[Sequence, Chunk]])
+    preempted: bool = False
+    growths: list[Growth] | None = None
+    """Of the running requests, once an admission has asked."""
+
+
+class Scheduler:
+    """Owns all requests and pages; not thread-safe, the engine's thread alone calls it."""
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        pool: PagePool,
+        stop_token_ids: frozenset[int] = frozenset(),
+        index: PrefixIndex | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Start without requests.
+
+        Args:
+            limits: sizes.
+            pool: the pages of the cache.
+            stop_token_ids: the model's own ends of sequence.
+            index: of finished requests' pages in host memory and on disk; None keeps none.
+            seed: of the seeds that requests without one get.
+        """
+        self.limits, self.pool = limits, pool
+        self.lengths = DecodeLengths(limits.expected_decode_tokens)
+        self.totals = Totals()
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        """By arrival."""
+        self.swapped: list[Sequence] = []
+        """By arrival."""
+        self._sequences: dict[str, Sequence] = {}
+        self._stop_token_ids = stop_token_ids
+        self._index = index or PrefixIndex(0, 0, pool.page_size)
+        self._free_slots = list(range(limits.max_running - 1, -1, -1))
+        self._updates = PageUpdates()
+        self._taken: list[SlotTaken] = []
+        self._ops: list[CacheOp] = []
+        self._rng = random.Random(seed)
+        self._next_order = 0
+        self._next_swap_key = -1
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._sequences)
+
+    @property
+    def num_swapped_pages(self) -> int:
+        """Pages in host memory of preempted requests."""
+        return sum(sequence.num_swapped_pages for sequence in self.swapped)
+
+    def check(self, request: GenerationRequest) -> None:
+        """Whether the engine could ever run a request, and takes it now.
+
+        Raises:
+            RequestRejected: 400, 413 or 429, with rule, value and remedy.
+        """
+        prompt, limit = len(request.prompt_token_ids), self.limits.max_model_len
+        total = prompt + request.sampling.max_tokens
+        if not prompt:
+            raise RequestRejected(400, "the prompt must have at least one token, but got none")
+        if request.request_id in self._sequences:
+            raise RequestRejected(400, f"request {request.request_id!r} is running already")
+        if total > limit:
+            raise RequestRejected(
+                413,
+                f"prompt and `max_tokens` together may have {limit} tokens, but got {prompt} + "
+                f"{request.sampling.max_tokens}: shorten one of them",
+            )
+        if self.pool.pages_for(total) > self.pool.num_pages:
+            room = self.pool.num_pages * self.pool.page_size
+            raise RequestRejected(
+                413,
+                f"the KV cache holds {room} tokens, but the request may reach {total}: lower "
+                "`max_tokens`, or give the cache more memory",
+            )
+        if len(self.waiting) >= self.limits.max_waiting:
+            raise RequestRejected(
+                429, f"{len(self.waiting)} requests are waiting: try again later", 1.0
+            )
+
+    def add(self, request: GenerationRequest, on_event: OnEvent) -> None:
+        """Queue a request that `check` passed."""
+        seed = request.sampling.seed
+        sequence = Sequence(
+            request=request,
+            on_event=on_event,
+            order=self._next_order,
+            seed=self._rng.getrandbits(63) if seed is None else seed,
+            token_ids=list(request.prompt_token_ids),
+        )
+        self._next_order += 1
+        self._sequences[request.request_id] = sequence
+        self.waiting.append(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request now, whatever its state; unknown ones have ended already."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._finish(sequence, "cancelled")
+
+    def schedule(self, max_rows: int) -> Step | None:
+        """Form the next step of at most `max_rows` rows, or None when nothing can run.
+
+        Cache operations that it decided on are part of the step, or of the next one that runs.
+        """
+        forming = _Forming()
+        self._form_decodes(forming, max_rows)
+        self._swap_in(forming, max_rows)
+        self._form_chunks(forming, max_rows)
+        if not forming.decodes and not forming.chunks:
+            return None
+        return Step(
+            decodes=tuple(forming.decodes),
+            chunks=tuple(forming.chunks),
+            inputs=self._inputs(forming),
+        )
+
+    def update(self, step: Step, token_ids: list[int], details: list[TokenEvent] | None) -> None:
+        """Take in what a step sampled, one token for each of `step.predicting`.
+
+        Tokens of requests that have ended meanwhile are dropped.
+
+        Args:
+            step: a step that has run; steps come in the order they were formed in.
+            token_ids: sampled tokens.
+            details: events with log-probabilities, where anyone asked for them.
+        """
+        for place, (sequence, token) in enumerate(zip(step.predicting, token_ids, strict=True)):
+            if sequence.state == "finished":
+                continue
+            sequence.num_in_flight -= 1
+            sequence.token_ids.append(token)
+            self.totals.generated += 1
+            event = TokenEvent(request_id=sequence.request.request_id, token_id=token)
+            sequence.on_event(details[place] if details is not None else event)
+            reason = self._end_of(sequence, token)
+            if reason is not None:
+                self.lengths.add(sequence.num_generated)
+                self._finish(sequence, reason)
+
+    def fail_all(self, message: str) -> None:
+        """End every request with an error: the device is in no state to go on."""
+        for sequence in list(self._sequences.values()):
+            self._finish(sequence, "error", message)
+
+    def _end_of(self, sequence: Sequence, token: int) -> FinishReason | None:
+        sampling = sequence.request.sampling
+        is_stop = token in self._stop_token_ids or token in sampling.stop_token_ids
+        if is_stop and not sampling.ignore_eos:
+            return "stop"
+        return "length" if sequence.num_generated >= sampling.max_tokens else None
+
+    def _form_decodes(self, forming: _Forming, max_rows: int) -> None:
+        for sequence in tuple(self.running):
+            if len(forming.decodes) == max_rows:
+                return
+            if sequence.state != "running" or not sequence.can_decode:
+                continue
+            if self._grow(sequence, sequence.num_computed + 1, forming):
+                forming.decodes.append(sequence)
+
+    def _grow(self, sequence: Sequence, num_tokens: int, forming: _Forming) -> bool:
+        """Give a sequence pages for `num_tokens`, taken from later arrivals when none are free."""
+        count = self.pool.pages_for(num_tokens) - len(sequence.pages)
+        while count > self.pool.num_free:
+            victim = self.running[-1]
+            self._preempt(victim)
+            forming.preempted = True
+            if victim is sequence:
+                return False
+        self._add_pages(sequence, self.pool.take(count) if count > 0 else [])
+        return True
+
+    def _add_pages(self, sequence: Sequence, pages: list[int]) -> None:
+        if pages:
+            self._updates.add(sequence.slot, len(sequence.pages), pages)
+            sequence.pages.extend(pages)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        limit = self.limits.max_swapped_pages
+        if limit is not None and self.num_swapped_pages + len(sequence.pages) > limit:
+            message = (
+                f"the KV cache is full and so is the swap space of {limit} pages: send fewer "
+                "requests at once, or allow more swap space"
+            )
+            self._finish(sequence, "error", message)
+            return
+        sequence.swap_key, self._next_swap_key = self._next_swap_key, self._next_swap_key - 1
+        sequence.num_swapped_pages = len(sequence.pages)
+        self._ops.append(CacheOp(kind="save", key=sequence.swap_key, pages=tuple(sequence.pages)))
+        self.totals.preemptions += 1
+        self.totals.swapped_pages += len(sequence.pages)
+        self._leave_device(sequence)
+        sequence.state = "swapped"
+        insort(self.swapped, sequence, key=_order)
+
+    def _leave_device(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.pool.give_back(sequence.pages)
+        sequence.pages.clear()
+        self._free_slots.append(sequence.slot)
+        sequence.slot = -1
+
+    def _enter_device(self, sequence: Sequence, pages: list[int]) -> None:
+        sequence.slot = self._free_slots.pop()
+        sequence.state = "running"
+        insort(self.running, sequence, key=_order)
+        self._taken.append(
+            SlotTaken(
+                slot=sequence.slot,
+                sampling=sequence.request.sampling,
+                seed=sequence.seed,
+                num_generated=sequence.num_generated,
+            )
+        )
+        self._add_pages(sequence, pages)
+
+    def _swap_in(self, forming: _Forming, max_rows: int) -> None:
+        """Bring preempted requests back while there is room for them and for growth."""
+        while self.swapped and self._free_slots and not forming.preempted:
+            sequence = self.swapped[0]
+            if len(forming.decodes) == max_rows:
+                return
+            growth = self.pool.pages_for(len(self.running)) if self.running else 0
+            wanted = max(sequence.num_swapped_pages, self.pool.pages_for(sequence.num_computed + 1))
+            if wanted + growth > self.pool.num_free:
+                return
+            self.swapped.pop(0)
+            pages = self.pool.take(sequence.num_swapped_pages)
+            self._ops.append(CacheOp(kind="load", key=sequence.swap_key, pages=tuple(pages)))
+            self._ops.append(CacheOp(kind="drop", key=sequence.swap_key))
+            sequence.num_swapped_pages = 0
+            self._enter_device(sequence, pages)
+            if sequence.can_decode and self._grow(sequence, sequence.num_computed + 1, forming):
+                forming.decodes.append(sequence)
+
+    def _form_chunks(self, forming: _Forming, max_rows: int) -> None:
+        """Fill the rest with prompts: those begun before, then new ones."""
+        rows = max_rows - len(forming.decodes)
+        for sequence in tuple(self.running):
+            if rows == 0 or len(forming.chunks) == self.limits.max_chunks:
+                return
+            if sequence.state == "running" and sequence.is_prefilling:
+                rows -= self._form_chunk(sequence, rows, forming)
+        while rows and self.waiting and len(forming.chunks) < self.limits.max_chunks:
+            if self.swapped or not self._free_slots or not self._admit(forming):
+                return
+            taken = self._form_chunk(self.running[-1], rows, forming)
+            if taken == 0:
+                return
+            rows -= taken
+
+    def _admit(self, forming: _Forming) -> bool:
+        """Give the first waiting request a slot if the expected peak fits."""
+        sequence = self.waiting[0]
+        key, num_pages = self._index.match(sequence.request.prompt_token_ids)
+        if forming.preempted or num_pages + 1 > self.pool.num_free:
+            return False
+        if not self._peak_fits(sequence, forming):
+            return False
+        self.waiting.popleft()
+        pages = self.pool.take(num_pages)
+        if pages:
+            self._ops += self._index.load(key, tuple(pages))
+        self._enter_device(sequence, pages)
+        sequence.num_computed = num_pages * self.pool.page_size
+        self.totals.prefix += sequence.num_computed
+        self.totals.prompt += sequence.num_computed
+        return True
+
+    def _peak_fits(self, newcomer: Sequence, forming: _Forming) -> bool:
+        """Whether the expected peak fits with a newcomer; alone it always does."""
+        if forming.growths is None:
+            forming.growths = sorted(map(self._growth, self.running))
+        insort(forming.growths, self._growth(newcomer))
+        room = self.limits.admitted_fraction * self.pool.num_pages
+        return not self.running or peak_pages(forming.growths, self.pool.page_size) <= room
+
+    def _growth(self, sequence: Sequence) -> Growth:
+        generated = sequence.num_generated + sequence.num_in_flight
+        remaining = self.lengths.remaining(generated, sequence.max_tokens)
+        return -remaining, max(sequence.num_computed, sequence.num_prompt_tokens)
+
+    def _form_chunk(self, sequence: Sequence, rows: int, forming: _Forming) -> int:
+        """Add the next prompt tokens of a sequence, as many as rows and pages allow."""
+        start, end = sequence.num_computed, sequence.num_prompt_tokens
+        count = min(rows, end - start)
+        room = len(sequence.pages) + self.pool.num_free
+        if sequence is self.running[0] and not forming.decodes and not forming.chunks:
+            # The oldest request must get on, or a cache full of begun prompts would never empty.
+            if not self._grow(sequence, start + count, forming):
+                return 0
+        else:
+            count = min(count, room * self.pool.page_size - start)
+            if count <= 0:
+                return 0
+            self._grow(sequence, start + count, forming)
+        tokens = sequence.request.prompt_token_ids[start : start + count]
+        chunk = Chunk(
+            slot=sequence.slot,
+            first_position=start,
+            token_ids=tokens,
+            is_complete=start + count == end,
+        )
+        forming.chunks.append((sequence, chunk))
+        return count
+
+    def _inputs(self, forming: _Forming) -> StepInputs:
+        """Numbers of the step; counts its rows as computed and its tokens as in flight."""
+        decodes = forming.decodes
+        slots, positions, tokens = [], [], []
+        for sequence in decodes:
+            place = sequence.num_computed
+            slots.append(sequence.slot)
+            positions.append(place)
+            is_known = place < len(sequence.token_ids)
+            tokens.append(sequence.token_ids[place] if is_known else NOT_YET_KNOWN)
+            sequence.num_computed = place + 1
+            sequence.num_in_flight += 1
+        for sequence, chunk in forming.chunks:
+            sequence.num_computed += len(chunk.token_ids)
+            sequence.num_in_flight += chunk.is_complete
+            self.totals.prompt += len(chunk.token_ids)
+        taken, self._taken = self._taken, []
+        ops, self._ops = self._ops, []
+        return StepInputs(
+            choice="",
+            decode_slots_R=np.array(slots, dtype=np.int32),
+            decode_positions_R=np.array(positions, dtype=np.int32),
+            decode_tokens_R=np.array(tokens, dtype=np.int64),
+            chunks=tuple(chunk for _, chunk in forming.chunks),
+            page_updates_U3=self._updates.take(),
+            slots_taken=tuple(taken),
+            cache_ops=tuple(ops),
+        )
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, message: str = "") -> None:
+        if sequence.state == "waiting":
+            self.waiting.remove(sequence)
+        elif sequence.state == "swapped":
+            self.swapped.remove(sequence)
+            sequence.num_swapped_pages = 0
+            self._ops.append(CacheOp(kind="drop", key=sequence.swap_key))
+        else:
+            if reason in ("stop", "length"):
+                # The last token was sampled, so its own key is not in the cache.
+                self._ops += self._index.save(sequence.token_ids[:-1], sequence.pages)
+            self._leave_device(sequence)
+        sequence.state = "finished"
+        del self._sequences[sequence.request.request_id]
+        self.totals.finished += 1
+        self.totals.cancelled += reason == "cancelled"
+        sequence.on_event(
+            FinishEvent(
+                request_id=sequence.request.request_id,
+                reason=reason,
+                num_prompt_tokens=sequence.num_prompt_tokens,
+                num_generated_tokens=sequence.num_generated,
+                message=message,
+            )
+        )
+
+
+def _order(sequence: Sequence) -> int:
+    return sequence.order
