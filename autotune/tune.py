@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 from ..profiler.profile import Profile
 from ..runtime.plan import Bucket, Candidate, Plan, Schedule, Timing
 from ..runtime.schedule import IllegalScheduleError
-from ..runtime.support import check_runs
 from ..search_spaces.schema import RowOrder
 from .cost_model import CostModel
 from .emit import draw, play, shown, write
@@ -77,8 +76,6 @@ def tune(options: TuneOptions, console: Console) -> Report:
 
 
 def _run(options: TuneOptions, job: Job, console: Console, started: float) -> Report:
-    if job.stage is not None or not options.is_search_only:
-        check_runs(job.model)
     what = f"{job.model.name} on {job.num_gpus} x {job.hardware.name}, workload {job.workload.name}"
     say(console, "job", f"{what}, {job.batch.tokens} tokens a batch")
     folder = options.output_dir or default_folder(job)

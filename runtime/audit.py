@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .binding import IN_PLACE, OUTPUTS, SCRATCH
-from .buffers import GUARD_ROWS
+from .binding import FIRST_ROW_ONLY, IN_PLACE, SCRATCH, outputs
+from .buffers import GUARD_ROWS, is_poison, poison
 from .executor import Executor
 from .schedule import Instance
 from .verify import VerificationError
@@ -64,15 +64,17 @@ class _Auditor:
         op = self._op(instance)
         for name in (*self._outputs(instance), *SCRATCH.get(op, ())):
             if name not in IN_PLACE.get(op, ()):
-                self._buffers[name][self._rows(instance)] = float("nan")
+                rows_R = self._rows_of(name, self._rows(instance))
+                self._buffers[name][rows_R] = poison(self._buffers[name].dtype)
 
     def after(self, instance: Instance) -> None:
         op, rows_R = self._op(instance), self._rows(instance)
-        outputs = self._outputs(instance)
-        for name in outputs:
-            self._check_written(instance, name, rows_R)
-        for name in (*outputs, *SCRATCH.get(op, ())):
-            self._shadow[name][rows_R + self._first_row(name)] = self._buffers[name][rows_R]
+        written = self._outputs(instance)
+        for name in written:
+            self._check_written(instance, name, self._rows_of(name, rows_R))
+        for name in (*written, *SCRATCH.get(op, ())):
+            own_R = self._rows_of(name, rows_R)
+            self._shadow[name][own_R + self._first_row(name)] = self._buffers[name][own_R]
         for name, guarded in self._guarded.items():
             if not same_bits(guarded, self._shadow[name]):
                 self._fail_outside(instance, name)
@@ -92,7 +94,11 @@ class _Auditor:
     def _outputs(self, instance: Instance) -> tuple[str, ...]:
         if instance.index in self._executor.fetching:
             return tuple(self._executor.received)
-        return OUTPUTS[self._op(instance)]
+        return outputs(self._executor.graph.op(self._op(instance)))
+
+    def _rows_of(self, name: str, rows_R: Tensor) -> Tensor:
+        """Those of the nano-op's rows that it writes in one buffer."""
+        return rows_R[:1] if name in FIRST_ROW_ONLY else rows_R
 
     def _first_row(self, name: str) -> int:
         """Guard rows before row 0; received rows have spare ones behind them only."""
@@ -110,10 +116,12 @@ class _Auditor:
         return torch.tensor(places, dtype=torch.int64, device=batch.device)
 
     def _check_written(self, instance: Instance, name: str, rows_R: Tensor) -> None:
-        is_poisoned_R = self._buffers[name][rows_R].isnan().any(dim=-1)
+        is_poisoned_R = is_poison(self._buffers[name][rows_R]).any(dim=-1)
         if is_poisoned_R.any():
+            what = "NaN" if self._buffers[name].is_floating_point() else "-1"
+            rows = _some(rows_R[is_poisoned_R])
             raise VerificationError(
-                f"{self._name(instance)} left NaN in {_some(rows_R[is_poisoned_R])} of {name}: it "
+                f"{self._name(instance)} left {what} in {rows} of {name}: it "
                 "must write all rows of its range, from inputs that were written before"
             )
 

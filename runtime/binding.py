@@ -19,7 +19,7 @@ from .buffers import Buffers
 from .kernels import registry
 from .kernels.registry import DecodeRows, PrefillRows, Received
 from .kv_cache import PagedKvCache
-from .op_graph import OpGraph
+from .op_graph import Op, OpGraph
 from .plan import NanoOp
 from .schedule import intersects
 from .weights import Weights
@@ -37,9 +37,14 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
     "ffn_norm": ("residual_TD", "normed_TD"),
     "up_gate": ("act_TF",),
     "down": ("ffn_TD",),
+    "router": ("routed_TD", "places_TJ", "gates_TJ", "offsets_TE"),
+    "combine": ("ffn_TD",),
     "ffn_all_reduce": ("ffn_TD",),
 }
 """Buffers that each op writes, in its own rows alone."""
+
+FIRST_ROW_ONLY = ("offsets_TE",)
+"""Buffers of which an op writes the first of its rows only."""
 
 IN_PLACE: dict[str, tuple[str, ...]] = {
     "attn_norm": ("residual_TD",),
@@ -53,6 +58,9 @@ IN_PLACE: dict[str, tuple[str, ...]] = {
 SCRATCH: dict[str, tuple[str, ...]] = {"up_gate": ("up_gate_T2F",)}
 """Buffers that the op may write in its own rows and that no other op reads."""
 
+_EXPERT_DOWN = "expert_out_TD"
+"""What `down` writes instead of ffn_TD where a combine follows."""
+
 _ALL_SMS = 132
 """More blocks than the final sum needs; it runs outside of partitions."""
 
@@ -62,6 +70,11 @@ _GEMMS: dict[str, tuple[str, str, str]] = {
     "down": ("act_TF", "down_DF", "ffn_TD"),
 }
 """Op -> input buffer, weight, output buffer."""
+
+
+def outputs(op: Op) -> tuple[str, ...]:
+    """Buffers that an op of this graph writes, in its own rows alone."""
+    return (_EXPERT_DOWN,) if (op.name, op.kind) == ("down", "grouped_gemm") else OUTPUTS[op.name]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +118,8 @@ class Binder:
                 return self._attention(kernel, nano_op, layer)
             case "all_reduce":
                 return self._all_reduce(kernel, nano_op)
+            case "moe_router" | "grouped_gemm_silu" | "grouped_gemm" | "moe_combine":
+                return self._experts(kernel, nano_op, layer)
             case _:
                 raise ValueError(f"{nano_op.op} is not an op of a layer")
 
@@ -196,6 +211,29 @@ class Binder:
         weight_2FD = self.weights.layers[layer].up_gate_2FD
         scratch_T2F, act_TF = rows["up_gate_T2F"], rows["act_TF"]
         return partial(kernel, rows["normed_TD"], weight_2FD, scratch_T2F, act_TF, nano_op.num_sms)
+
+    def _experts(self, kernel: registry.Kernel, nano_op: NanoOp, layer: int) -> Launch:
+        rows, weights = self._rows(nano_op), self.weights.layers[layer]
+        model, offsets_E = self.graph.model, rows["offsets_TE"][0]
+        assert weights.router_ED is not None, "a model with experts has a router"
+        routed_RD, act_RF, out_RD = (
+            rows[name].view(-1, rows[name].shape[1] // (model.num_experts_per_tok or 1))
+            for name in ("routed_TD", "act_TF", _EXPERT_DOWN)
+        )
+        places_TJ, gates_TJ = rows["places_TJ"], rows["gates_TJ"]
+        arguments: tuple[Any, ...]
+        match nano_op.op:
+            case "router":
+                arguments = (rows["normed_TD"], weights.router_ED, routed_RD, offsets_E)
+                arguments = (*arguments, places_TJ, gates_TJ)
+            case "up_gate":
+                scratch_R2F = rows["up_gate_T2F"].view(-1, 2 * act_RF.shape[1])
+                arguments = (routed_RD, weights.up_gate_2FD, offsets_E, scratch_R2F, act_RF)
+            case "down":
+                arguments = (act_RF, weights.down_DF, offsets_E, out_RD)
+            case _:
+                arguments = (out_RD, places_TJ, gates_TJ, rows["ffn_TD"])
+        return partial(kernel, *arguments, nano_op.num_sms)
 
     def _rope_append(self, kernel: registry.Kernel, nano_op: NanoOp, layer: int) -> Launch:
         start, end = nano_op.tokens

@@ -1,7 +1,11 @@
 """Activation buffers of one dense batch, between guard rows that nothing may touch.
 
+With experts, a row of the dense batch is routed J times: what lies between router and combine has J
+places for each of its rows, next to each other. Rows [a, b) so own J (b - a) routed rows, in which
+the router sorts them by expert.
+
 Shape legend: T rows of the dense batch, D hidden, C = (qo + 2 kv) x head dim, Q = qo heads x head
-dim, F ffn width; all of one tensor-parallel rank.
+dim, F ffn width, E experts, J experts of a row (1 without); all of one tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -17,6 +21,16 @@ GUARD_ROWS = 16
 """Rows before and after each buffer; 16 keep every buffer's start aligned for wide loads."""
 
 
+def poison(dtype: torch.dtype) -> float:
+    """What no kernel writes: NaN, and -1 where integers are kept (places, ends of experts)."""
+    return float("nan") if dtype.is_floating_point else -1
+
+
+def is_poison(x: Tensor) -> Tensor:
+    """Where a tensor holds its poison."""
+    return x.isnan() if x.is_floating_point() else x == -1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Buffers:
     """One buffer per kind of activation, reused by every layer."""
@@ -28,10 +42,21 @@ class Buffers:
     o_TD: Tensor
     """Output projection, then its sum over the ranks."""
     up_gate_T2F: Tensor
-    """Scratch of the `up_gate` variants that are not fused."""
+    """Scratch of the `up_gate` variants that are not fused, J rows each."""
     act_TF: Tensor
+    """J rows each."""
     ffn_TD: Tensor
-    """Down projection, then its sum over the ranks."""
+    """Down projection, with experts the combined one; then its sum over the ranks."""
+    routed_TD: Tensor | None = None
+    """With experts: what the router sends to them, J rows each."""
+    expert_out_TD: Tensor | None = None
+    """With experts: down projection before the combine, J rows each."""
+    places_TJ: Tensor | None = None
+    """With experts, int32: where the row went among the routed rows of its nano-op."""
+    gates_TJ: Tensor | None = None
+    """With experts, fp32: weight of each of its experts."""
+    offsets_TE: Tensor | None = None
+    """With experts, int32: where each expert's rows end, in the first row of each nano-op."""
 
     @classmethod
     def allocate(cls, weights: Weights, num_rows: int) -> Buffers:
@@ -40,10 +65,11 @@ class Buffers:
         hidden, ffn = model.hidden_size, model.intermediate_size // tp_degree
         qo, kv = weights.heads.qo_size, weights.heads.kv_size
         dtype, device = torch_dtype(model.torch_dtype), weights.device
+        experts, times = model.num_local_experts, model.num_experts_per_tok or 1
 
-        def rows(width: int) -> Tensor:
+        def rows(width: int, dtype: torch.dtype = dtype) -> Tensor:
             shape = (num_rows + 2 * GUARD_ROWS, width)
-            guarded = torch.full(shape, float("nan"), dtype=dtype, device=device)
+            guarded = torch.full(shape, poison(dtype), dtype=dtype, device=device)
             return guarded[GUARD_ROWS : GUARD_ROWS + num_rows]
 
         return cls(
@@ -52,30 +78,37 @@ class Buffers:
             qkv_TC=rows(qo + 2 * kv),
             attn_TQ=rows(qo),
             o_TD=rows(hidden),
-            up_gate_T2F=rows(2 * ffn),
-            act_TF=rows(ffn),
+            up_gate_T2F=rows(times * 2 * ffn),
+            act_TF=rows(times * ffn),
             ffn_TD=rows(hidden),
+            routed_TD=rows(times * hidden) if experts else None,
+            expert_out_TD=rows(times * hidden) if experts else None,
+            places_TJ=rows(times, torch.int32) if experts else None,
+            gates_TJ=rows(times, torch.float32) if experts else None,
+            offsets_TE=rows(experts, torch.int32) if experts else None,
         )
 
     def named(self) -> dict[str, Tensor]:
-        """Buffers by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Buffers by name, those that the model has."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: buffer for name, buffer in values.items() if buffer is not None}
 
     def guarded(self) -> dict[str, Tensor]:
         """Buffers by name, each with the guard rows before and after it."""
         return {name: _guarded(buffer) for name, buffer in self.named().items()}
 
     def poison(self) -> None:
-        """Fill all rows with NaN, guard rows included."""
+        """Poison all rows, guard rows included."""
         for guarded in self.guarded().values():
-            guarded.fill_(float("nan"))
+            guarded.fill_(poison(guarded.dtype))
 
     def broken_guards(self) -> tuple[str, ...]:
         """Names of buffers whose guard rows no longer hold the poison."""
         return tuple(
             name
             for name, guarded in self.guarded().items()
-            if not guarded[:GUARD_ROWS].isnan().all() or not guarded[-GUARD_ROWS:].isnan().all()
+            if not is_poison(guarded[:GUARD_ROWS]).all()
+            or not is_poison(guarded[-GUARD_ROWS:]).all()
         )
 
 

@@ -13,6 +13,8 @@ from .partition_layout import SmSplit, layout
 from .plan import Schedule
 from .schedule import IllegalScheduleError, concurrent_pairs
 
+_ROUTED_KINDS = ("moe_router", "grouped_gemm_silu", "grouped_gemm", "moe_combine")
+
 
 def check(schedule: Schedule, graph: OpGraph, num_sms: int, sm_granularity: int) -> None:
     """Refuse a schedule that must not run.
@@ -22,6 +24,7 @@ def check(schedule: Schedule, graph: OpGraph, num_sms: int, sm_granularity: int)
     """
     _check_nano_batches(schedule)
     _check_coverage(schedule, graph)
+    _check_experts(schedule, graph)
     for name, nano_op in zip(schedule.ids, schedule.nano_ops, strict=True):
         _check_share(name, nano_op.num_sms, num_sms, sm_granularity)
     pairs = concurrent_pairs(schedule, graph)
@@ -92,6 +95,21 @@ def _check_coverage(schedule: Schedule, graph: OpGraph) -> None:
             raise IllegalScheduleError(
                 f"token ranges of {op} {rule} the dense batch: they end at {expected}, it has "
                 f"{total} rows"
+            )
+
+
+def _check_experts(schedule: Schedule, graph: OpGraph) -> None:
+    """A router sorts the rows of its own range, so that what follows must be cut like it."""
+    ranges = {
+        op.name: sorted(n.tokens for n in schedule.nano_ops if n.op == op.name)
+        for op in graph.layer
+        if op.kind in _ROUTED_KINDS
+    }
+    for name, spans in ranges.items():
+        if spans != ranges["router"]:
+            raise IllegalScheduleError(
+                f"{name} must be cut at the same rows as router, which sorts the rows of each of "
+                f"its ranges by expert, but it has {spans} and router {ranges['router']}"
             )
 
 

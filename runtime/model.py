@@ -4,7 +4,7 @@ Every step is spelled out request by request in full precision, from the same we
 keys; nothing is shared with the executor but the weights.
 
 Shape legend: T rows of the logical batch, D hidden, N keys of one request, G kv heads, M query
-heads of one kv head, H head dim, R logit rows, V this rank's vocabulary.
+heads of one kv head, H head dim, R logit rows, V this rank's vocabulary, E experts.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class ReferenceOutput:
     layer_outputs_TD: tuple[Tensor, ...]
     logits_RV: Tensor
     """Rows that predict a token, in request order; this rank's part of the vocabulary."""
+    margins_T: tuple[Tensor, ...]
+    """Per layer, [T]: how far the row is from other experts, in any layer so far."""
 
 
 def reference_forward(
@@ -53,10 +55,15 @@ def reference_forward(
     positions_T = torch.tensor(positions, device=device)
     x_TD = weights.embedding_VD[torch.tensor(token_ids, device=device)].to(dtype)
     outputs: list[Tensor] = []
+    margins: list[Tensor] = [torch.full_like(positions_T, float("inf"), dtype=dtype)]
     for layer, layer_weights in enumerate(weights.layers):
         past = _Past(cache.k_pages[layer], cache.v_pages[layer], cache.page_size)
-        x_TD = _layer(weights, layer_weights, past, requests, starts, positions_T, x_TD)
+        x_TD = _attention(weights, layer_weights, past, requests, starts, positions_T, x_TD)
+        normed_TD = _norm(x_TD, layer_weights.ffn_norm_D, weights.model.rms_norm_eps)
+        ffn_TD, margin_T = _feed_forward(weights, layer_weights, normed_TD)
+        x_TD = x_TD + _sum_over_ranks(ffn_TD, weights)
         outputs.append(x_TD)
+        margins.append(torch.minimum(margins[-1], margin_T))
     last = [
         start + request.num_rows - 1
         for start, request in zip(starts, requests, strict=False)
@@ -64,7 +71,9 @@ def reference_forward(
     ]
     normed_RD = _norm(x_TD[last], weights.final_norm_D, weights.model.rms_norm_eps)
     return ReferenceOutput(
-        layer_outputs_TD=tuple(outputs), logits_RV=normed_RD @ weights.lm_head_VD.to(dtype).t()
+        layer_outputs_TD=tuple(outputs),
+        logits_RV=normed_RD @ weights.lm_head_VD.to(dtype).t(),
+        margins_T=tuple(margins[1:]),
     )
 
 
@@ -89,7 +98,7 @@ class _Past:
         return k_NGH, v_NGH
 
 
-def _layer(
+def _attention(
     weights: Weights,
     layer: LayerWeights,
     past: _Past,
@@ -114,11 +123,38 @@ def _layer(
         k_NGH = torch.cat((past_k_NGH.to(dtype), k_TGH[rows]))
         v_NGH = torch.cat((past_v_NGH.to(dtype), v_TGH[rows]))
         attended.append(_attend(q_TXH[rows], k_NGH, v_NGH, request.first_position))
-    x_TD = x_TD + _sum_over_ranks(torch.cat(attended) @ layer.o_proj_DQ.to(dtype).t(), weights)
-    up_gate_T2F = _norm(x_TD, layer.ffn_norm_D, eps) @ layer.up_gate_2FD.to(dtype).t()
-    up_TF, gate_TF = up_gate_T2F.chunk(2, dim=-1)
-    act_TF = torch.nn.functional.silu(gate_TF) * up_TF
-    return x_TD + _sum_over_ranks(act_TF @ layer.down_DF.to(dtype).t(), weights)
+    return x_TD + _sum_over_ranks(torch.cat(attended) @ layer.o_proj_DQ.to(dtype).t(), weights)
+
+
+def _feed_forward(weights: Weights, layer: LayerWeights, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """What this rank adds to the residual, and by row how clear the choice of experts was.
+
+    A margin is the distance between the last expert chosen and the first that was not, in units of
+    the standard deviation of the row's logits.
+    """
+    if layer.router_ED is None:
+        unlimited_T = x_TD.new_full((x_TD.shape[0],), float("inf"))
+        return _swiglu(x_TD, layer.up_gate_2FD, layer.down_DF), unlimited_T
+    per_token = weights.model.num_experts_per_tok or 1
+    logits_TE = x_TD @ layer.router_ED.to(x_TD.dtype).t()
+    ranked_TE, experts_TE = logits_TE.sort(dim=-1, descending=True)
+    gates_TE = torch.zeros_like(logits_TE)
+    kept = slice(None), slice(per_token)
+    gates_TE.scatter_(1, experts_TE[kept], torch.softmax(ranked_TE[kept], dim=-1))
+    out_TD = torch.zeros_like(x_TD)
+    for expert in range(logits_TE.shape[1]):
+        rows_T = gates_TE[:, expert] > 0
+        part_TD = _swiglu(x_TD[rows_T], layer.up_gate_2FD[expert], layer.down_DF[expert])
+        out_TD[rows_T] += gates_TE[rows_T, expert, None] * part_TD
+    if per_token == logits_TE.shape[1]:
+        return out_TD, x_TD.new_full((x_TD.shape[0],), float("inf"))
+    gap_T = ranked_TE[:, per_token - 1] - ranked_TE[:, per_token]
+    return out_TD, gap_T / logits_TE.std(dim=-1)
+
+
+def _swiglu(x_TD: Tensor, up_gate_2FD: Tensor, down_DF: Tensor) -> Tensor:
+    up_TF, gate_TF = (x_TD @ up_gate_2FD.to(x_TD.dtype).t()).chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate_TF) * up_TF) @ down_DF.to(x_TD.dtype).t()
 
 
 def _norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -4,7 +4,7 @@ Both come through one door, a `Source` that gives this rank's part of a matrix b
 name; so random weights of two ranks are slices of the same full model.
 
 Shape legend: D hidden, C = (qo + 2 kv) x head dim, Q = qo heads x head dim, F ffn width, V rows of
-the vocabulary, H head dim, L positions; C, Q, F and V are this rank's share.
+the vocabulary, H head dim, L positions, E experts; C, Q, F and V are this rank's share.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch import Tensor
 from ..search_spaces.schema import Dtype, ModelSpec
 from .kernels.registry import HeadShape
 from .rotary import rotary_table
-from .support import check_runs
 
 _TORCH_DTYPES: dict[Dtype, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -51,8 +50,11 @@ class LayerWeights:
     o_proj_DQ: Tensor
     ffn_norm_D: Tensor
     up_gate_2FD: Tensor
-    """Up rows, then gate rows."""
+    """Up rows, then gate rows; with experts one such matrix each, [E, 2F, D]."""
     down_DF: Tensor
+    """With experts one such matrix each, [E, D, F]."""
+    router_ED: Tensor | None = None
+    """With experts; the same on every rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,12 +128,7 @@ def build_weights(
     device: torch.device,
     num_layers: int | None = None,
 ) -> Weights:
-    """Assemble the fused matrices of one rank from a source of named ones.
-
-    Raises:
-        ValueError: a model with experts.
-    """
-    check_runs(model)
+    """Assemble the fused matrices of one rank from a source of named ones."""
     layers = model.num_hidden_layers if num_layers is None else num_layers
     hidden, vocab = model.hidden_size, model.vocab_size
     table = (vocab, hidden)
@@ -167,6 +164,20 @@ def _layer(model: ModelSpec, source: Source, layer: int, rank: int, tp_degree: i
     def whole(name: str) -> Tensor:
         return source(f"{prefix}{name}.weight", (hidden,), 0, (0, hidden))
 
+    def expert(index: int) -> tuple[Tensor, Tensor]:
+        name = f"block_sparse_moe.experts.{index}"
+        up_gate_2FD = torch.cat([rows(f"{name}.w3", ffn), rows(f"{name}.w1", ffn)])
+        return up_gate_2FD, columns(f"{name}.w2", ffn)
+
+    router_ED = None
+    if model.num_local_experts:
+        shape = (model.num_local_experts, hidden)
+        router_ED = source(f"{prefix}block_sparse_moe.gate.weight", shape, 0, (0, shape[0]))
+        made = zip(*(expert(index) for index in range(shape[0])), strict=True)
+        up_gate_2FD, down_DF = (torch.stack(matrices) for matrices in made)
+    else:
+        up_gate_2FD = torch.cat([rows("mlp.up_proj", ffn), rows("mlp.gate_proj", ffn)])
+        down_DF = columns("mlp.down_proj", ffn)
     kqv = (
         ("self_attn.q_proj", model.qo_size),
         ("self_attn.k_proj", model.kv_size),
@@ -178,8 +189,9 @@ def _layer(model: ModelSpec, source: Source, layer: int, rank: int, tp_degree: i
         kqv_bias_C=torch.cat([bias(*item) for item in kqv]) if model.has_qkv_bias else None,
         o_proj_DQ=columns("self_attn.o_proj", model.qo_size),
         ffn_norm_D=whole("post_attention_layernorm"),
-        up_gate_2FD=torch.cat([rows("mlp.up_proj", ffn), rows("mlp.gate_proj", ffn)]),
-        down_DF=columns("mlp.down_proj", ffn),
+        up_gate_2FD=up_gate_2FD,
+        down_DF=down_DF,
+        router_ED=router_ED,
     )
 
 

@@ -28,6 +28,8 @@ def tiny_model(architecture: str = "llama", num_layers: int = 2, **overrides: ob
         "rope_theta": 10000.0,
         "torch_dtype": "float32",
     }
+    if architecture == "mixtral":
+        fields |= {"num_local_experts": 4, "num_experts_per_tok": 2}
     return ModelSpec(**(fields | overrides))
 
 

@@ -10,7 +10,6 @@ from nanoflow_tune.runtime.kv_cache import PagedKvCache
 from nanoflow_tune.runtime.model import reference_forward
 from nanoflow_tune.runtime.op_graph import OpGraph
 from nanoflow_tune.runtime.weights import load_hf_state_dict, random_weights, vocab_range
-from nanoflow_tune.search_spaces.loader import load_model
 
 CPU = torch.device("cpu")
 PAGE = 4
@@ -164,8 +163,3 @@ def test_a_checkpoint_with_another_shape_is_refused():
         load_hf_state_dict(tiny_model(num_key_value_heads=8), state_dict, device=CPU)
     with pytest.raises(ValueError, match=r"no 'model.layers.0.self_attn.q_proj.bias'"):
         load_hf_state_dict(tiny_model("qwen2"), state_dict, device=CPU)
-
-
-def test_weights_of_experts_are_refused_with_what_can_be_done_instead():
-    with pytest.raises(ValueError, match=r"mixtral-8x7b has 8 a layer.*nanoflow-tune profile"):
-        random_weights(load_model("mixtral-8x7b"), device=CPU, num_layers=1)
