@@ -1,6 +1,9 @@
 """The plan: what the tuner emits and the only thing the runtime reads.
 
-    Plan -> Bucket (one dense-batch size) -> Schedule -> NanoOp
+    Plan -> Bucket (one dense-batch size, mix and KV length) -> Schedule -> NanoOp
+
+The first bucket is the workload's own: the one that is searched in depth, measured and verified.
+The others are the plan book, quickly searched grid points; `plan_lookup` picks among them.
 
 A schedule is one period of a repeating layer pattern (a modulo schedule). Its nano-ops are listed
 in issue order. In period t, a nano-op of stage s works on layer t - s; so the last ops of one layer
@@ -13,14 +16,19 @@ Ids are `<op>.<k>`: the k-th nano-op of that op in token order.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ..search_spaces.schema import Dtype, RowOrder
 
-SCHEMA = "nanoflow-plan/1"
+SCHEMA = "nanoflow-plan/2"
+READABLE_SCHEMAS = ("nanoflow-plan/1", SCHEMA)
+"""1: one bucket or more, each schedule written where it is used."""
 SM_FREE_VARIANTS = ("copy_engine",)
 """Kernel variants that occupy no SM: only they may be given a share of 0."""
 Lane = str
 """Nano-ops of one lane run one after the other, lanes run side by side."""
+MixKind = Literal["steady", "decode_only", "prefill_heavy"]
+"""`steady`: the workload's own part of decode rows, with prompts as long as the KV length asks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +202,27 @@ class Bucket:
     bound: str
     """What binds: `compute`, `memory`, `network` or `power`."""
     verification: tuple[Verification, ...] = ()
+    mix: MixKind = "steady"
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Prefill rows."""
+        return self.dense_batch_tokens - self.decode_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BreakEven:
+    """From how many rows overlap pays, at one mix and KV length, on this card with this model."""
+
+    mix: MixKind
+    decode_context_tokens: float
+    smallest_tokens: int
+    """Fewest rows that were looked at."""
+    largest_tokens: int
+    """Most rows that were looked at; what memory does not hold was not."""
+    tokens: int | None = None
+    """An overlapped plan wins at this size and at all larger ones; None: at no size, or not at
+    the largest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,3 +243,6 @@ class Plan:
     created_by: str = ""
     """Tool version and commit."""
     buckets: tuple[Bucket, ...]
+    """The workload's own first."""
+    break_even: tuple[BreakEven, ...] = ()
+    """The workload's own mix and KV length first; empty without a plan book."""

@@ -7,7 +7,15 @@ import yaml
 from builders import NUM_SMS, ping_pong, sequential, tiny_model
 
 from nanoflow_tune.runtime.op_graph import OpGraph
-from nanoflow_tune.runtime.plan import Bucket, Candidate, NanoBatch, Plan, Timing, Verification
+from nanoflow_tune.runtime.plan import (
+    BreakEven,
+    Bucket,
+    Candidate,
+    NanoBatch,
+    Plan,
+    Timing,
+    Verification,
+)
 from nanoflow_tune.runtime.plan_io import dump_plan, load_plan
 from nanoflow_tune.runtime.schedule import IllegalScheduleError
 from nanoflow_tune.search_spaces.records import SpecError
@@ -94,20 +102,75 @@ def test_a_plan_survives_the_file_and_leaves_no_temporary_one(written):
     assert [path.name for path in written.parent.iterdir()] == ["plan.yaml"]
     lines = written.read_text().splitlines()
     nano_ops = [line for line in lines if "op: decode_attention" in line]
-    assert len(nano_ops) == 2 + 1 + 2
+    assert len(nano_ops) == 2 + 1  # the winner is the best overlapped one: written once
     assert "tokens: [0, 128]" in nano_ops[0]
+
+
+NAME = "overlapped-256-100"
+
+
+def test_the_schedules_of_a_book_are_written_once_and_kept_apart_by_name(tmp_path):
+    plan = make_plan()
+    main = plan.buckets[0]
+    longer = replace(main, decode_context_tokens=60.0)
+    other = ping_pong(GRAPH, 64, 256, (50, 50))
+    third = replace(main, decode_context_tokens=90.0, best_overlapped=_candidate(other))
+    even = BreakEven(
+        mix="steady", decode_context_tokens=30.0, smallest_tokens=256, largest_tokens=256
+    )
+    book = replace(plan, buckets=(main, longer, third), break_even=(even,))
+    path = tmp_path / "plan.yaml"
+    dump_plan(book, path)
+    assert load_plan(path, GRAPH, HARDWARE) == book
+    mapping = yaml.safe_load(path.read_text())
+    assert list(mapping["schedules"]) == [NAME, "sequential-256-100", f"{NAME}-2"]
+    assert mapping["buckets"][2]["best_overlapped"]["schedule"] == f"{NAME}-2"
+
+
+def test_a_plan_of_the_first_schema_is_still_read(written):
+    mapping = yaml.safe_load(written.read_text())
+    schedules = mapping.pop("schedules")
+    for role in ("winner", "sequential", "best_overlapped"):
+        candidate = mapping["buckets"][0][role]
+        candidate["schedule"] = schedules[candidate["schedule"]]
+    mapping["schema"] = "nanoflow-plan/1"
+    written.write_text(yaml.safe_dump(mapping, sort_keys=False))
+    assert load_plan(written, GRAPH, HARDWARE) == make_plan()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda m: m["buckets"][0]["winner"].update(schedule="fast"),
+            r"`buckets\[0\].winner.schedule`: must be a name under `schedules`.*'fast'; known",
+        ),
+        (
+            lambda m: m["schedules"].update(spare=m["schedules"][NAME]),
+            r"`schedules`: no bucket refers to spare; remove it",
+        ),
+        (lambda m: m.pop("schedules"), r"`schedules`: must map names to schedules"),
+        (lambda m: m.update(buckets=3), r"`buckets`: must be a list"),
+        (lambda m: m.update(buckets=[3], schedules={}), r"`buckets\[0\]`: must be a mapping"),
+        (lambda m: m.update(buckets=[], schedules={}), r"`buckets`: must hold at least one"),
+    ],
+)
+def test_a_wrong_reference_is_refused_with_its_path(written, change, message):
+    with pytest.raises(SpecError, match=message):
+        load_plan(_edit(written, change))
 
 
 def test_another_schema_is_refused(written):
     _edit(written, lambda m: m.update(schema="nanoflow-plan/9"))
-    with pytest.raises(SpecError, match=r"plan.yaml: `schema`: must be 'nanoflow-plan/1'.*anew"):
+    with pytest.raises(SpecError, match=r"plan.yaml: `schema`: must be 'nanoflow-plan/2'.*anew"):
         load_plan(written)
 
 
 def test_an_unknown_key_is_refused_with_its_path(written):
-    _edit(written, lambda m: m["buckets"][0]["winner"]["schedule"]["nano_ops"][1].update(sms=3))
+    _edit(written, lambda m: m["schedules"][NAME]["nano_ops"][1].update(sms=3))
     with pytest.raises(
-        SpecError, match=r"plan.yaml: `buckets\[0\].winner.schedule.nano_ops\[1\].sms`: unknown key"
+        SpecError,
+        match=r"plan.yaml: `schedules.overlapped-256-100`: .*nano_ops\[1\].sms`: unknown key",
     ):
         load_plan(written)
 
