@@ -124,6 +124,19 @@ class DenseBatch:
         return len(self.rows)
 
     @property
+    def max_kv_len(self) -> int:
+        """Keys of the longest request after this iteration."""
+        return max(request.kv_len for request in self.requests)
+
+    @property
+    def has_live_rows(self) -> bool:
+        """Whether attention rows are another record each run: then a launch looks them up."""
+        return False
+
+    def fetch_token_ids(self) -> None:
+        """Runs before the embedding, for batches whose token ids are not all in place yet."""
+
+    @property
     def device(self) -> torch.device:
         """Where the tensors live."""
         return self.token_ids_T.device

@@ -251,9 +251,11 @@ class Binder:
 
     def _attention(self, kernel: registry.Kernel, nano_op: NanoOp, layer: int) -> Launch | None:
         key = (nano_op.op, nano_op.tokens)
+        is_decode = nano_op.op == "decode_attention"
+        select = self.batch.decode_rows if is_decode else self.batch.prefill_rows
+        if self.batch.has_live_rows:
+            return self._live_attention(kernel, partial(select, nano_op.tokens), nano_op, layer)
         if key not in self.attention_rows:
-            is_decode = nano_op.op == "decode_attention"
-            select = self.batch.decode_rows if is_decode else self.batch.prefill_rows
             self.attention_rows[key] = select(nano_op.tokens)
         rows = self.attention_rows[key]
         if rows is None:
@@ -268,6 +270,23 @@ class Binder:
             self.weights.heads,
             nano_op.num_sms,
         )
+
+    def _live_attention(
+        self,
+        kernel: registry.Kernel,
+        find_rows: Callable[[], DecodeRows | PrefillRows | None],
+        nano_op: NanoOp,
+        layer: int,
+    ) -> Launch:
+        k_pages_PGBH, v_pages_PGBH = self.cache.k_pages[layer], self.cache.v_pages[layer]
+        qkv_TC, attn_TQ, heads = self.buffers.qkv_TC, self.buffers.attn_TQ, self.weights.heads
+
+        def launch() -> None:
+            rows = find_rows()
+            if rows is not None:
+                kernel(qkv_TC, k_pages_PGBH, v_pages_PGBH, rows, attn_TQ, heads, nano_op.num_sms)
+
+        return launch
 
     def _group(self, nano_op: NanoOp) -> Any:  # noqa: ANN401
         if self.groups is None:

@@ -12,7 +12,7 @@ Shape legend: T rows of the dense batch, D hidden, R logit rows, V this rank's v
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -87,7 +87,7 @@ class Executor:
                 f"the schedule is for {schedule.dense_batch_tokens} rows, but the batch has "
                 f"{batch.num_rows}: build the batch from `schedule.nano_batches`"
             )
-        longest, limit = max(r.kv_len for r in batch.requests), graph.model.max_position_embeddings
+        longest, limit = batch.max_kv_len, graph.model.max_position_embeddings
         if longest > limit:
             raise ValueError(
                 f"a request has {longest} tokens, but {graph.model.name} takes {limit} "
@@ -105,9 +105,21 @@ class Executor:
         self._steps: list[_Step] = []
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def prepare(self) -> Executor:
-        """Allocate buffers and events, unroll the schedule, bind every instance."""
-        self.buffers = Buffers.allocate(self.weights, self.batch.num_rows)
+    def prepare(self, shares_with: Executor | None = None) -> Executor:
+        """Allocate buffers and events, unroll the schedule, bind every instance.
+
+        Args:
+            shares_with: an executor with at least as many rows and logit rows, which never runs at
+                the same time: its buffers and logits are used instead of new ones.
+        """
+        num_rows = self.batch.num_rows
+        if shares_with is None:
+            self.buffers = Buffers.allocate(self.weights, num_rows)
+        else:
+            shared = shares_with.buffers.named().items()
+            self.buffers = replace(
+                shares_with.buffers, **{name: buffer[:num_rows] for name, buffer in shared}
+            )
         num_layers = len(self.weights.layers)
         self.instances = unroll(self.schedule, self.graph, num_layers)
         binder = Binder(
@@ -135,7 +147,7 @@ class Executor:
         """Nano-ops that write `received` instead of their own buffer."""
         self._streams = tuple(dict.fromkeys(step.stream for step in self._steps if step.stream))
         self._connect()
-        self._allocate_outputs()
+        self._allocate_outputs(shares_with)
         return self
 
     def _stream(self, nano_op: NanoOp) -> torch.cuda.Stream | None:
@@ -162,13 +174,14 @@ class Executor:
         step.done = step.done or torch.cuda.Event()
         return step.done
 
-    def _allocate_outputs(self) -> None:
+    def _allocate_outputs(self, shares_with: Executor | None) -> None:
         num_logits, weights = self.batch.logit_rows_R.shape[0], self.weights
         hidden, vocab = weights.model.hidden_size, weights.lm_head_VD.shape[0]
         new = partial(torch.empty, dtype=weights.lm_head_VD.dtype, device=self.device)
         self._last_RD, self._delta_RD = new((num_logits, hidden)), new((num_logits, hidden))
         self._last_normed_RD = new((num_logits, hidden))
-        self.logits_RV = new((num_logits, vocab))
+        shared_RV = None if shares_with is None else shares_with.logits_RV[:num_logits]
+        self.logits_RV = new((num_logits, vocab)) if shared_RV is None else shared_RV
         """Logits of this rank's part of the vocabulary."""
         if self._make_sampler is not None:
             self.sampler = self._make_sampler(weights, num_logits)
@@ -267,6 +280,7 @@ class Executor:
         self._graph.replay()
 
     def _embed(self) -> None:
+        self.batch.fetch_token_ids()
         torch_ops.embedding(
             self.batch.token_ids_T, self.weights.embedding_VD, self.buffers.residual_TD, 0
         )

@@ -98,7 +98,7 @@ def _decode_attention(  # noqa: ANN202
         tl.store(
             out_ptr + row * stride_out + heads[:, None] * H + head_dim[None, :],
             out.to(out_ptr.dtype.element_ty),
-            mask=group[:, None] < GROUP,
+            mask=(group[:, None] < GROUP) & (kv_len > 0),
         )
 
 
@@ -216,8 +216,8 @@ def _prefill_attention(  # noqa: ANN202
     stride_table,  # noqa: ANN001
     stride_out,  # noqa: ANN001
     num_segments,  # noqa: ANN001
-    num_items,  # noqa: ANN001
     scale,  # noqa: ANN001
+    SEGMENTS: tl.constexpr,
     QO_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     H: tl.constexpr,
@@ -225,20 +225,22 @@ def _prefill_attention(  # noqa: ANN202
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Item = (block of a segment's rows, query head)."""
+    """Item = (block of a segment's rows, query head); the device counts the blocks.
+
+    So a captured graph may be replayed with other segments; those without rows have no blocks.
+    """
     head_dim = tl.arange(0, H)
+    segments = tl.arange(0, SEGMENTS)
+    counts = tl.load(num_rows_ptr + segments, mask=segments < num_segments, other=0)
+    blocks = (counts + ROWS - 1) // ROWS
+    ends = tl.cumsum(blocks, axis=0)
+    num_items = tl.sum(blocks, axis=0) * QO_HEADS
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
         block = item // QO_HEADS
         head = item % QO_HEADS
-        segment = 0
-        segment_block = 0
-        blocks_before = 0
-        for candidate in range(num_segments):
-            blocks = tl.cdiv(tl.load(num_rows_ptr + candidate), ROWS)
-            if (block >= blocks_before) & (block < blocks_before + blocks):
-                segment = candidate
-                segment_block = block - blocks_before
-            blocks_before += blocks
+        is_before = ends <= block
+        segment = tl.sum(is_before.to(tl.int32), axis=0)
+        segment_block = block - tl.sum(tl.where(is_before, blocks, 0), axis=0)
         num_rows = tl.load(num_rows_ptr + segment)
         position_start = tl.load(position_starts_ptr + segment)
         in_segment = segment_block * ROWS + tl.arange(0, ROWS)
@@ -314,7 +316,10 @@ def prefill_attention(
     heads: HeadShape,
     num_sms: int,
 ) -> None:
-    """Causal attention of each segment over its request's cached keys, its own included."""
+    """Causal attention of each segment over its request's cached keys, its own included.
+
+    `rows.segment_rows` only bounds the grid: it may promise more rows than `num_rows_S` has.
+    """
     block_rows = 128
     blocks = sum(triton.cdiv(count, block_rows) for count in rows.segment_rows)
     num_items = blocks * heads.num_qo_heads
@@ -335,8 +340,8 @@ def prefill_attention(
         rows.page_table_SP.stride(0),
         out_TQ.stride(0),
         rows.num_segments,
-        num_items,
         _LOG2_E / math.sqrt(heads.head_dim),
+        SEGMENTS=max(32, triton.next_power_of_2(rows.num_segments)),
         QO_HEADS=heads.num_qo_heads,
         GROUP=heads.num_qo_heads // heads.num_kv_heads,
         H=heads.head_dim,
