@@ -1,6 +1,6 @@
-"""Weights of one tensor-parallel rank: random ones by seed, or those of a transformers checkpoint.
+"""Weights of one tensor-parallel rank: random ones by seed, or those of a checkpoint.
 
-Both come through one door, a `Source` that gives this rank's part of a matrix by its Hugging Face
+All come through one door, a `Source` that gives this rank's part of a matrix by its Hugging Face
 name; so random weights of two ranks are slices of the same full model.
 
 Shape legend: D hidden, C = (qo + 2 kv) x head dim, Q = qo heads x head dim, F ffn width, V rows of
@@ -69,7 +69,7 @@ class Weights:
     """The whole vocabulary, on every rank."""
     final_norm_D: Tensor
     lm_head_VD: Tensor
-    """Rows `vocab_start` and on of the vocabulary."""
+    """Rows `vocab_start` and on of the vocabulary; a view of the embedding where they are tied."""
     cos_sin_LH: Tensor
     """fp32: H / 2 cosines, then H / 2 sines of each position."""
 
@@ -131,16 +131,20 @@ def build_weights(
     """Assemble the fused matrices of one rank from a source of named ones."""
     layers = model.num_hidden_layers if num_layers is None else num_layers
     hidden, vocab = model.hidden_size, model.vocab_size
-    table = (vocab, hidden)
-    head = "model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight"
+    table, head_rows = (vocab, hidden), vocab_range(model, rank, tp_degree)
+    embedding_VD = source("model.embed_tokens.weight", table, 0, (0, vocab))
+    if model.tie_word_embeddings:
+        lm_head_VD = embedding_VD[slice(*head_rows)]
+    else:
+        lm_head_VD = source("lm_head.weight", table, 0, head_rows)
     return Weights(
         model=model,
         rank=rank,
         tp_degree=tp_degree,
         layers=tuple(_layer(model, source, layer, rank, tp_degree) for layer in range(layers)),
-        embedding_VD=source("model.embed_tokens.weight", table, 0, (0, vocab)),
+        embedding_VD=embedding_VD,
         final_norm_D=source("model.norm.weight", (hidden,), 0, (0, hidden)),
-        lm_head_VD=source(head, table, 0, vocab_range(model, rank, tp_degree)),
+        lm_head_VD=lm_head_VD,
         cos_sin_LH=rotary_table(model, device),
     )
 

@@ -3,12 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 from builders import ping_pong, sequential, tiny_model
+from served import Served
 
-from nanoflow_tune.runtime.batching import DenseBatch, Request
-from nanoflow_tune.runtime.executor import Executor
+from nanoflow_tune.runtime.batching import Request
 from nanoflow_tune.runtime.kv_cache import PagedKvCache
 from nanoflow_tune.runtime.model import reference_forward
-from nanoflow_tune.runtime.op_graph import OpGraph
 from nanoflow_tune.runtime.weights import load_hf_state_dict, random_weights, vocab_range
 
 CPU = torch.device("cpu")
@@ -47,40 +46,6 @@ def _hf_model(model):
     return hf
 
 
-class _Served:
-    """Requests that decode greedily through the executor and the paged cache."""
-
-    def __init__(self, model, weights, prompts):
-        self.graph, self.weights = OpGraph.build(model), weights
-        self.cache = PagedKvCache(model, num_pages=120, device=CPU, page_size=PAGE, seed=3)
-        self.texts = [list(prompt) for prompt in prompts]
-        self.pages = [self.cache.allocate(len(prompt) + 12) for prompt in prompts]
-        self.logits = [[] for _ in prompts]
-
-    def step(self, work, make_schedule):
-        """Feed tokens [start, end) of some requests; keep what they predict."""
-        requests = [
-            Request(
-                token_ids=tuple(self.texts[index][start:end]),
-                first_position=start,
-                pages=self.pages[index],
-                is_decode=end - start == 1,
-                is_complete=end == len(self.texts[index]),
-            )
-            for index, start, end in work
-        ]
-        decodes = sum(request.is_decode for request in requests)
-        rows = sum(request.num_rows for request in requests)
-        schedule = make_schedule(self.graph, rows, decodes)
-        batch = DenseBatch.build(schedule.nano_batches, requests, page_size=PAGE, device=CPU)
-        executor = Executor(self.graph, self.weights, self.cache, batch, schedule).prepare()
-        executor.run()
-        for place, request in enumerate(batch.logit_requests):
-            index = work[request][0]
-            self.logits[index].append(executor.logits_RV[place].clone())
-            self.texts[index].append(int(executor.next_token_ids_R[place]))
-
-
 def _split(graph, rows, decodes):
     cut = rows // 2
     first = max(decodes - (rows - cut), min(decodes, cut // 2))
@@ -97,7 +62,7 @@ def test_greedy_tokens_and_logits_equal_transformers(architecture, overrides, ma
     hf = _hf_model(model)
     weights = load_hf_state_dict(model, hf.state_dict(), device=CPU)
     prompts = [[5, 9, 1, 33, 7, 2, 60], [8, 8, 30], [11, 12, 13, 14, 15, 16, 17, 18, 19]]
-    served = _Served(model, weights, prompts)
+    served = Served(model, weights, prompts, page_size=PAGE)
     served.step([(0, 0, 7), (1, 0, 3), (2, 0, 4)], make_schedule)  # the third is chunked
     served.step([(0, 7, 8), (1, 3, 4), (2, 4, 9)], make_schedule)
     for _ in range(5):
