@@ -1,0 +1,181 @@
+"""The choices of one HTTP request on the engine: submitted together, streamed, cancelled together.
+
+The engine calls back from its own thread; `EventBridge` carries events into the event loop, waking
+it once for all that have come, not once a token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from typing import Protocol
+
+from .choice import Choice, ChoiceDelta
+from .metrics import ServerMetrics
+from .sequence import EngineStats, Event, GenerationRequest, OnEvent, RequestRejected
+
+
+class ServingEngine(Protocol):
+    """What the server needs of an engine; `engine.Engine` is one."""
+
+    def start(self) -> None:
+        """Start its thread."""
+        ...
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Stop admitting, finish or cancel what runs, end its thread."""
+        ...
+
+    def submit(self, request: GenerationRequest, on_event: OnEvent) -> None:
+        """Take a request.
+
+        Raises:
+            RequestRejected: it was not taken.
+        """
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; nothing happens when it has ended already."""
+        ...
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine at this instant."""
+        ...
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model."""
+        ...
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and answer together."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are smaller than this."""
+        ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        ...
+
+
+class EventBridge:
+    """Carries events from the engine's thread to asyncio queues."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Deliver into this loop."""
+        self._loop = loop
+        self._events: deque[tuple[asyncio.Queue[tuple[int, Event]], int, Event]] = deque()
+        self._is_scheduled = False
+
+    def listener(self, queue: asyncio.Queue[tuple[int, Event]], index: int) -> OnEvent:
+        """A callback for the engine that puts (index, event) into a queue."""
+        return partial(self._post, queue, index)
+
+    def _post(self, queue: asyncio.Queue[tuple[int, Event]], index: int, event: Event) -> None:
+        self._events.append((queue, index, event))
+        # Reset before the deque is emptied: an event is either seen by that turn or wakes another.
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._is_scheduled = False
+        while self._events:
+            queue, index, event = self._events.popleft()
+            queue.put_nowait((index, event))
+
+
+class GenerationRun:
+    """The choices of one HTTP request while the engine works on them."""
+
+    def __init__(
+        self,
+        engine: ServingEngine,
+        bridge: EventBridge,
+        metrics: ServerMetrics,
+        choices: Sequence[Choice],
+    ) -> None:
+        """Submit all choices, or none.
+
+        Raises:
+            RequestRejected: the engine took one not, so the others were withdrawn.
+        """
+        self.choices = tuple(choices)
+        self._engine = engine
+        self._metrics = metrics
+        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._submitted: list[Choice] = []
+        self._start_s = time.perf_counter()
+        self._first_token_s: dict[int, float] = {}
+        self._counted: set[int] = set()
+        try:
+            for place, choice in enumerate(self.choices):
+                engine.submit(choice.request, bridge.listener(self._queue, place))
+                self._submitted.append(choice)
+        except RequestRejected as err:
+            metrics.rejected(err.status)
+            self.close()
+            raise
+
+    async def deltas(self) -> AsyncIterator[ChoiceDelta]:
+        """What comes, until all choices have ended; tokens that came meanwhile are one delta."""
+        while not all(choice.is_finished for choice in self.choices):
+            arrived = [await self._queue.get()]
+            while not self._queue.empty():
+                arrived.append(self._queue.get_nowait())
+            by_choice: dict[int, list[Event]] = {}
+            for place, event in arrived:
+                by_choice.setdefault(place, []).append(event)
+            for place, events in by_choice.items():
+                delta = self._take(place, events)
+                if not delta.is_empty:
+                    yield delta
+
+    def close(self) -> None:
+        """Cancel what the engine still works on, and count it; may be called twice."""
+        for place, choice in enumerate(self._submitted):
+            if not choice.is_engine_done:
+                self._engine.cancel(choice.request.request_id)
+            self._count(place, choice)
+
+    def _take(self, place: int, events: Sequence[Event]) -> ChoiceDelta:
+        choice, now_s = self.choices[place], time.perf_counter()
+        was_finished = choice.is_finished
+        delta = choice.push(events)
+        if delta.token_ids and place not in self._first_token_s:
+            self._first_token_s[place] = now_s
+            self._metrics.first_token(now_s - self._start_s)
+        if choice.is_finished and not was_finished:
+            if choice.needs_cancel:
+                self._engine.cancel(choice.request.request_id)
+            self._count(place, choice)
+            return delta
+        # After its end a choice has nothing new; only the engine's last word comes.
+        return delta if not was_finished else _nothing(choice)
+
+    def _count(self, place: int, choice: Choice) -> None:
+        if place in self._counted:
+            return
+        self._counted.add(place)
+        self._metrics.finished(
+            reason=choice.finish_reason or "cancelled",
+            num_prompt_tokens=len(choice.request.prompt_token_ids),
+            num_generated_tokens=choice.num_generated_tokens,
+            first_token_s=self._first_token_s.get(place, self._start_s) - self._start_s,
+            whole_s=time.perf_counter() - self._start_s,
+        )
+
+
+def _nothing(choice: Choice) -> ChoiceDelta:
+    return ChoiceDelta(index=choice.index, text="", token_ids=(), records=(), finish_reason=None)
