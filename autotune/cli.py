@@ -167,6 +167,15 @@ def _models(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _export(options: argparse.Namespace) -> int:
+    from .export_command import export
+
+    values = export(options, _say)
+    if options.json or options.output:
+        print(json.dumps(values, separators=(",", ":")))
+    return DONE
+
+
 _COMMANDS = {
     None: _tune,
     "search": _tune,
@@ -174,6 +183,7 @@ _COMMANDS = {
     "verify": _verify,
     "report": _report,
     "models": _models,
+    "export": _export,
     "paper": _paper,
 }
 

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..profiler.profile import ALL_PARTS
+from .tool_parsers import add_tool_parsers
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     models = verbs.add_parser("models", help="list the shipped models, GPUs and workloads")
     models.add_argument("--gpu", default="h200", help="say how many of these each model needs")
     _add_output_flags(models)
+    add_tool_parsers(verbs)
     return parser
 
 

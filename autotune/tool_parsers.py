@@ -1,0 +1,64 @@
+"""Verbs around the job: what is exported, compared and checked, with examples in their help."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .export_facts import PDMUX_DEFAULT_GROUPS
+
+TARGETS = ("sglang", "vllm", "schema")
+DEFAULT_TPOT_MS = 50.0
+SCHEDULES = ("winner", "sequential", "best_overlapped")
+
+
+def add_tool_parsers(verbs: Any) -> None:  # noqa: ANN401 - argparse gives it no public name
+    """Add the verbs to the command line's."""
+    _add_export(verbs)
+
+
+def _add_export(verbs: Any) -> None:  # noqa: ANN401
+    parser = verbs.add_parser(
+        "export",
+        help="write a plan as arguments of SGLang or vLLM, or the JSON Schema of plans",
+        description="Write a plan in the words of another engine. Every export names the "
+        "decisions that the engine cannot express and the predicted gain that is lost.",
+        epilog="examples:\n"
+        "  nanoflow-tune export --to sglang plan.yaml --tpot-ms 30 --output plan.pdmux.yaml\n"
+        "  nanoflow-tune export --to vllm plan.yaml\n"
+        "  nanoflow-tune export --to schema > plan.schema.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("plan", type=Path, nargs="?", metavar="PLAN.yaml", help="not needed for schema")
+    add("--to", required=True, choices=TARGETS)
+    add("--output", type=Path, metavar="FILE", help="default: standard output")
+    add("--model", help="the model's spec, where its name alone is not known")
+    add(
+        "--schedule",
+        choices=SCHEDULES,
+        default="winner",
+        help="whose decisions are weighed in the lossy block (%(default)s)",
+    )
+    add(
+        "--profile",
+        default="shipped",
+        metavar="shipped|roofline|PATH",
+        help="sglang: where the curves of prefill and decode come from (%(default)s)",
+    )
+    add(
+        "--tpot-ms",
+        type=float,
+        metavar="MS",
+        help=f"sglang: limit on the time per token (default {DEFAULT_TPOT_MS:g}, and said so)",
+    )
+    add(
+        "--sm-groups",
+        type=int,
+        default=PDMUX_DEFAULT_GROUPS,
+        metavar="N",
+        help="sglang: SM groups at most; each costs a set of CUDA graphs (%(default)s)",
+    )
+    add("--json", action="store_true", help="print one JSON line instead of the file's text")
+    add("--debug", action="store_true", help="show tracebacks")
