@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(argv)
     if options.paper:
-        fixed = ("verb", "model", "gpu", "num_gpus", "profile", "output_dir", "effort")
+        fixed = ("verb", "model", "gpu", "num_gpus", "profile", "output_dir", "effort", "buckets")
         if any(getattr(options, name) != parser.get_default(name) for name in fixed):
             parser.error("--paper is LLaMA-2-70B on 8 x A100 80GB: give only --workload, --seed")
         options.verb = "paper"
@@ -64,6 +64,7 @@ def _tune_options(options: argparse.Namespace) -> Any:  # noqa: ANN401
         output_dir=options.output_dir,
         effort=options.effort,
         seed=options.seed,
+        buckets=options.buckets,
         command=" ".join(["nanoflow-tune", *sys.argv[1:]]),
         is_search_only=options.verb == "search",
     )
@@ -176,6 +177,18 @@ def _export(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _check_env(options: argparse.Namespace) -> int:
+    from .check_env import check_env, table
+
+    values = check_env()
+    if not options.json:
+        stdout = _stdout()
+        stdout.print(table(values))
+        stdout.print(values["summary"], markup=False, highlight=False)
+    print(json.dumps(values, separators=(",", ":")))
+    return DONE
+
+
 _COMMANDS = {
     None: _tune,
     "search": _tune,
@@ -184,6 +197,7 @@ _COMMANDS = {
     "report": _report,
     "models": _models,
     "export": _export,
+    "check-env": _check_env,
     "paper": _paper,
 }
 
@@ -194,7 +208,8 @@ def _show(values: dict[str, Any], *, is_json_only: bool) -> None:
     if not is_json_only:
         stdout = _stdout()
         stdout.print(race_table(values))
-        for text in (values["verdict"], values["next_step"]):
+        book = (values.get("book") or {}).get("sentence", "")
+        for text in filter(None, (values["verdict"], book, values["next_step"])):
             stdout.print(text, markup=False, highlight=False)
     print(json_line(values), flush=True)
 
@@ -246,7 +261,10 @@ def _say_interrupted(options: argparse.Namespace) -> None:
     if options.verb == "profile":
         text = "measured rows are kept; the same command goes on where it stopped"
     elif options.verb in (None, "search"):
-        text = "nothing was written, earlier results are untouched; run the same command again"
+        text = (
+            "earlier results are untouched, finished points of the plan book are kept; run the "
+            "same command again"
+        )
     else:
         text = "nothing was changed; run the same command again"
     print(f"nanoflow-tune: interrupted: {text}", file=sys.stderr)

@@ -16,6 +16,7 @@ SCHEDULES = ("winner", "sequential", "best_overlapped")
 def add_tool_parsers(verbs: Any) -> None:  # noqa: ANN401 - argparse gives it no public name
     """Add the verbs to the command line's."""
     _add_export(verbs)
+    _add_check_env(verbs)
 
 
 def _add_export(verbs: Any) -> None:  # noqa: ANN401
@@ -62,3 +63,17 @@ def _add_export(verbs: Any) -> None:  # noqa: ANN401
     )
     add("--json", action="store_true", help="print one JSON line instead of the file's text")
     add("--debug", action="store_true", help="show tracebacks")
+
+
+def _add_check_env(verbs: Any) -> None:  # noqa: ANN401
+    parser = verbs.add_parser(
+        "check-env",
+        help="say what this machine has, and which parts of the tool work on it",
+        description="Look at GPUs, driver, SM partitions, links, power cap, clocks, free memory "
+        "and libraries, and say what works and what to do about the rest. Changes no setting; "
+        "exits with 0 also where there is no GPU.",
+        epilog="examples:\n  nanoflow-tune check-env\n  nanoflow-tune check-env --json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="only the JSON line on stdout")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
