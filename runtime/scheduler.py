@@ -19,6 +19,7 @@ import numpy as np
 from .admission import DecodeLengths, Growth, peak_pages
 from .page_pool import PagePool
 from .prefix_index import PrefixIndex
+from .scheduler_records import SchedulerLimits, Step, Totals
 from .sequence import (
     FinishEvent,
     FinishReason,
@@ -29,60 +30,6 @@ from .sequence import (
 )
 from .sequence_state import Sequence
 from .step import NOT_YET_KNOWN, CacheOp, Chunk, PageUpdates, SlotTaken, StepInputs
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerLimits:
-    """Sizes that hold for the engine's life."""
-
-    max_model_len: int
-    """Prompt and generated tokens of a request."""
-    max_running: int
-    """Requests with a slot."""
-    max_chunks: int = 64
-    """Prompt chunks of a step."""
-    max_waiting: int = 4096
-    """Requests in the queue; more are refused."""
-    expected_decode_tokens: float = 256.0
-    """What requests are taken to generate before any has ended."""
-    admitted_fraction: float = 0.98
-    """Of the pages that the expected peak may fill."""
-    max_swapped_pages: int | None = None
-    """Of requests preempted to host memory; None: no limit. A request that finds no room ends."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """What one step computes, and for whom."""
-
-    decodes: tuple[Sequence, ...]
-    chunks: tuple[tuple[Sequence, Chunk], ...]
-    inputs: StepInputs
-    """`choice` is empty: what runs the step is not the scheduler's concern."""
-
-    @property
-    def predicting(self) -> tuple[Sequence, ...]:
-        """Owners of the rows that predict a token, in the order of the sampled tokens."""
-        ends = (sequence for sequence, chunk in self.chunks if chunk.is_complete)
-        return (*self.decodes, *ends)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows that are not padding."""
-        return self.inputs.num_rows
-
-
-@dataclass(slots=True)
-class Totals:
-    """Counts since the start."""
-
-    preemptions: int = 0
-    generated: int = 0
-    prompt: int = 0
-    prefix: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    swapped_pages: int = 0
 
 
 @dataclass(slots=True)
@@ -124,6 +71,8 @@ class Scheduler:
         """By arrival."""
         self.swapped: list[Sequence] = []
         """By arrival."""
+        self.num_queued_prompt_tokens = 0
+        """Of the requests that wait."""
         self._sequences: dict[str, Sequence] = {}
         self._stop_token_ids = stop_token_ids
         self._index = index or PrefixIndex(0, 0, pool.page_size)
@@ -145,8 +94,12 @@ class Scheduler:
         """Pages in host memory of preempted requests."""
         return sum(sequence.num_swapped_pages for sequence in self.swapped)
 
-    def check(self, request: GenerationRequest) -> None:
+    def check(self, request: GenerationRequest, num_arrived: int = 0) -> None:
         """Whether the engine could ever run a request, and takes it now.
+
+        Args:
+            request: not added yet.
+            num_arrived: requests that were checked and not added yet.
 
         Raises:
             RequestRejected: 400, 413 or 429, with rule, value and remedy.
@@ -170,10 +123,9 @@ class Scheduler:
                 f"the KV cache holds {room} tokens, but the request may reach {total}: lower "
                 "`max_tokens`, or give the cache more memory",
             )
-        if len(self.waiting) >= self.limits.max_waiting:
-            raise RequestRejected(
-                429, f"{len(self.waiting)} requests are waiting: try again later", 1.0
-            )
+        num_waiting = len(self.waiting) + num_arrived
+        if num_waiting >= self.limits.max_waiting:
+            raise RequestRejected(429, f"{num_waiting} requests are waiting: try again later", 1.0)
 
     def add(self, request: GenerationRequest, on_event: OnEvent) -> None:
         """Queue a request that `check` passed."""
@@ -188,6 +140,7 @@ class Scheduler:
         self._next_order += 1
         self._sequences[request.request_id] = sequence
         self.waiting.append(sequence)
+        self.num_queued_prompt_tokens += sequence.num_prompt_tokens
 
     def cancel(self, request_id: str) -> None:
         """End a request now, whatever its state; unknown ones have ended already."""
@@ -234,6 +187,11 @@ class Scheduler:
             if reason is not None:
                 self.lengths.add(sequence.num_generated)
                 self._finish(sequence, reason)
+
+    def cancel_all(self) -> None:
+        """End every request now."""
+        for sequence in list(self._sequences.values()):
+            self._finish(sequence, "cancelled")
 
     def fail_all(self, message: str) -> None:
         """End every request with an error: the device is in no state to go on."""
@@ -356,6 +314,7 @@ class Scheduler:
         if not self._peak_fits(sequence, forming):
             return False
         self.waiting.popleft()
+        self.num_queued_prompt_tokens -= sequence.num_prompt_tokens
         pages = self.pool.take(num_pages)
         if pages:
             self._ops += self._index.load(key, tuple(pages))
@@ -434,6 +393,7 @@ class Scheduler:
     def _finish(self, sequence: Sequence, reason: FinishReason, message: str = "") -> None:
         if sequence.state == "waiting":
             self.waiting.remove(sequence)
+            self.num_queued_prompt_tokens -= sequence.num_prompt_tokens
         elif sequence.state == "swapped":
             self.swapped.remove(sequence)
             sequence.num_swapped_pages = 0

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from nanoflow_tune.runtime.admission import DecodeLengths, peak_pages
 from nanoflow_tune.runtime.page_pool import PagePool
 from nanoflow_tune.runtime.prefix_index import PrefixIndex
-from nanoflow_tune.runtime.scheduler import Scheduler, SchedulerLimits
+from nanoflow_tune.runtime.scheduler import Scheduler
+from nanoflow_tune.runtime.scheduler_records import SchedulerLimits
 from nanoflow_tune.runtime.sequence import (
     FinishEvent,
     GenerationRequest,

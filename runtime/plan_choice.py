@@ -1,0 +1,244 @@
+"""What runs a step: a schedule of the plan, chosen by rows, mix and KV length.
+
+Small steps run sequential schedules in sizes between the plan's, so that little is padding; where
+the plan knows better for a size, mix and KV length, its winner runs. Every choice says why. Without
+a plan (or with one that fits only roughly) all schedules are sequential. No torch here.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ..search_spaces.schema import HardwareSpec
+from .legality import check
+from .op_graph import OpGraph, OpKind
+from .plan import Bucket, NanoBatch, NanoOp, Plan, Schedule
+from .plan_lookup import distance, nearest
+
+SMALLEST_ROWS = 16
+MAX_DISTANCE = 0.25
+"""A winner is used when mix and KV length are this near to those it was found for."""
+HOST_PLANNED = ("flashinfer",)
+"""Prefixes of attention variants that plan on the host for given lengths: in no graph."""
+_MIN_TIME = 0.15
+"""Of a bucket's time: what a step of few rows takes at least, since all weights are read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A schedule that a step may run."""
+
+    key: str
+    """Names it on all ranks."""
+    schedule: Schedule
+    period_us: float
+    """Predicted or measured time of one iteration; 0 when nobody knows."""
+
+    @property
+    def rows(self) -> int:
+        """Of its dense batch."""
+        return self.schedule.dense_batch_tokens
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether a CUDA graph of it serves any step."""
+        return not any(
+            nano_op.variant.startswith(HOST_PLANNED) for nano_op in self.schedule.nano_ops
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """A choice and why it was made."""
+
+    choice: Choice
+    reason: str
+
+    @property
+    def label(self) -> str:
+        """For logs and stats."""
+        return f"{self.choice.schedule.name} ({self.reason})"
+
+
+class PlanBook:
+    """All schedules that an engine may run, the same on every rank."""
+
+    def __init__(
+        self,
+        sequential: Mapping[int, Choice],
+        plan: Plan | None = None,
+        remark: str = "",
+    ) -> None:
+        """Collect the choices; `from_plan` and `without_plan` are the ways here.
+
+        Args:
+            sequential: by rows.
+            plan: whose winners may be used; None: none.
+            remark: why there are none.
+        """
+        self._remark = remark or "no plan"
+        self._plan = plan
+        self._sizes = sorted(sequential)
+        self._sequential = dict(sequential)
+        self._winners: dict[int, Choice] = {}
+        for index, bucket in enumerate(plan.buckets if plan is not None else ()):
+            period = bucket.winner.best_known.period_us
+            self._winners[index] = Choice(
+                key=f"bucket {index}", schedule=bucket.winner.schedule, period_us=period
+            )
+        self.choices = {
+            choice.key: choice for choice in (*self._sequential.values(), *self._winners.values())
+        }
+
+    @classmethod
+    def from_plan(
+        cls, graph: OpGraph, plan: Plan, hardware: HardwareSpec, remark: str = ""
+    ) -> PlanBook:
+        """The choices of a plan; with a remark, its sequential schedules alone.
+
+        Raises:
+            IllegalScheduleError: a schedule is not one of this model's, or asks for SMs that the
+                GPU lacks.
+        """
+        sequential: dict[int, Choice] = {}
+        largest = max(bucket.dense_batch_tokens for bucket in plan.buckets)
+        for rows in step_sizes(largest, {b.dense_batch_tokens for b in plan.buckets}):
+            bucket = _nearest_size(plan, rows)
+            sequential[rows] = _sequential_choice(bucket, rows)
+        book = cls(sequential, None if remark else plan, remark)
+        for choice in book.choices.values():
+            check(choice.schedule, graph, hardware.num_sms, hardware.sm_granularity)
+        return book
+
+    @classmethod
+    def without_plan(
+        cls, graph: OpGraph, max_rows: int, variants: Mapping[OpKind, str], num_sms: int = 1
+    ) -> PlanBook:
+        """Sequential schedules with one kernel variant for each kind of op."""
+        nano_ops = tuple(
+            NanoOp(
+                op=op,
+                tokens=(0, max_rows),
+                lane="compute",
+                num_sms=num_sms,
+                variant=variants[graph.op(op).kind],
+            )
+            for op in graph.op_names
+        )
+        whole = Schedule(
+            name="sequential",
+            nano_batches=(NanoBatch(tokens=(0, max_rows), decode_tokens=0),),
+            nano_ops=nano_ops,
+        )
+        sizes = step_sizes(max_rows, {max_rows})
+        sequential = {
+            rows: Choice(key=f"sequential {rows}", schedule=with_rows(whole, rows), period_us=0.0)
+            for rows in sizes
+        }
+        return cls(sequential)
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of the largest dense batch."""
+        return self._sizes[-1]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows of all dense batches, ascending."""
+        return tuple(self._sizes)
+
+    def choose(self, num_decodes: int, num_prompt_tokens: int, mean_kv_len: float) -> Chosen:
+        """What runs a step.
+
+        Args:
+            num_decodes: decode rows.
+            num_prompt_tokens: prefill rows.
+            mean_kv_len: keys of the average decode row; 0 without any.
+
+        Raises:
+            ValueError: more rows than the largest dense batch has.
+        """
+        rows = num_decodes + num_prompt_tokens
+        place = bisect_left(self._sizes, rows)
+        if place == len(self._sizes):
+            raise ValueError(
+                f"a step of {rows} rows is larger than any dense batch ({self.max_rows}): "
+                "schedule fewer rows"
+            )
+        size = self._sizes[place]
+        sequential = self._sequential[size]
+        if self._plan is None:
+            return Chosen(choice=sequential, reason=self._remark)
+        buckets = [bucket for bucket in self._plan.buckets if bucket.dense_batch_tokens == size]
+        if not buckets:
+            return Chosen(choice=sequential, reason=f"the plan has no bucket of {size} rows")
+        fraction = num_decodes / rows
+        bucket = nearest(buckets, fraction, mean_kv_len)
+        away = distance(bucket, fraction, mean_kv_len)
+        if away > MAX_DISTANCE:
+            said = f"mix and KV length are {away:.2f} from the nearest bucket"
+            return Chosen(choice=sequential, reason=said)
+        index = next(i for i, b in enumerate(self._plan.buckets) if b is bucket)
+        return Chosen(choice=self._winners[index], reason=f"the plan's winner at {size} rows")
+
+    def rows_within(self, limit_s: float, measured_s: Mapping[int, float]) -> int:
+        """Rows of the largest dense batch whose step keeps a time limit; at least the smallest.
+
+        Args:
+            limit_s: of one step.
+            measured_s: times of steps by rows of their dense batch; they count before predictions.
+        """
+        fitting = [size for size in self._sizes if self.step_s(size, measured_s) <= limit_s]
+        return fitting[-1] if fitting else self._sizes[0]
+
+    def step_s(self, size: int, measured_s: Mapping[int, float]) -> float:
+        """Time of a step: measured, else predicted and scaled as the nearest measured size is."""
+        if size in measured_s:
+            return measured_s[size]
+        predicted = self._sequential[size].period_us * 1e-6
+        if not measured_s:
+            return predicted
+        near = min(measured_s, key=lambda other: abs(other - size))
+        reference = self._sequential[near].period_us * 1e-6
+        if reference <= 0:
+            return measured_s[near] * max(_MIN_TIME, size / near)
+        return predicted * measured_s[near] / reference
+
+
+def step_sizes(largest: int, wanted: set[int]) -> tuple[int, ...]:
+    """Dense-batch sizes: powers of two and halfway between, those wanted, up to the largest."""
+    sizes = set(wanted) | {largest}
+    size = SMALLEST_ROWS
+    while size < largest:
+        sizes.add(size)
+        if size >= 4 * SMALLEST_ROWS and size * 3 // 2 < largest:
+            sizes.add(size * 3 // 2)
+        size *= 2
+    return tuple(sorted(sizes))
+
+
+def with_rows(schedule: Schedule, rows: int) -> Schedule:
+    """A schedule of one nano-batch with another number of rows."""
+    (nano_batch,) = schedule.nano_batches
+    decodes = nano_batch.decode_tokens * rows // nano_batch.num_tokens
+    return replace(
+        schedule,
+        nano_batches=(NanoBatch(tokens=(0, rows), decode_tokens=decodes),),
+        nano_ops=tuple(replace(nano_op, tokens=(0, rows)) for nano_op in schedule.nano_ops),
+    )
+
+
+def _nearest_size(plan: Plan, rows: int) -> Bucket:
+    return min(plan.buckets, key=lambda bucket: abs(bucket.dense_batch_tokens - rows))
+
+
+def _sequential_choice(bucket: Bucket, rows: int) -> Choice:
+    part = rows / bucket.dense_batch_tokens
+    period_us = bucket.sequential.best_known.period_us * max(_MIN_TIME, part)
+    return Choice(
+        key=f"sequential {rows}",
+        schedule=with_rows(bucket.sequential.schedule, rows),
+        period_us=period_us,
+    )

@@ -1,0 +1,311 @@
+"""A dense batch whose tensors stay where they are while steps come and go, for CUDA graphs.
+
+All numbers of a step lie in one block of memory (`staging`), and the tensors of `DenseBatch` are
+views of it. What a step does not fill is padding that no kernel lets through: rows with token 0
+whose keys go to page 0, decode rows without keys, segments without rows, logit rows whose token
+goes to a spare slot.
+
+A captured graph sees room for everything (`is_captured`): kernels count on the device. Run eagerly,
+the records that attention kernels get are cut to the step, with true lengths on the host.
+
+Shape legend: T rows of the dense batch, R decode rows or logit rows, S prefill segments, P pages of
+a request, N slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .batch_layout import Piece, Range, RowPlaces, place_rows
+from .batching import DenseBatch
+from .kernels.registry import DecodeRows, PrefillRows
+from .plan import Schedule
+from .staging import Array, Field, Staging
+from .step import NOT_YET_KNOWN, StepInputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchSizes:
+    """What a static batch has room for."""
+
+    num_logits: int
+    max_chunks: int
+    max_pages: int
+    """Of one request."""
+    num_slots: int
+    page_size: int
+
+
+def _fields(schedule: Schedule, sizes: BatchSizes) -> dict[str, Field]:
+    rows, logits, pages = schedule.dense_batch_tokens, sizes.num_logits, sizes.max_pages
+    fields: dict[str, Field] = {
+        "host_ids_T": ("i8", (rows,)),
+        "sources_T": ("i8", (rows,)),
+        "slots_T": ("i8", (rows,)),
+        "logit_rows_R": ("i8", (logits,)),
+        "logit_slots_R": ("i8", (logits,)),
+        "positions_T": ("i4", (rows,)),
+        "is_known_T": ("?", (rows,)),
+    }
+    segments = sizes.max_chunks + len(schedule.nano_batches)
+    for op, (start, end) in attention_ranges(schedule):
+        if op == "decode_attention":
+            fields[f"{op}/{start}/rows"] = ("i4", (end - start,))
+            fields[f"{op}/{start}/kv_lens"] = ("i4", (end - start,))
+            fields[f"{op}/{start}/pages"] = ("i4", (end - start, pages))
+        else:
+            for name in ("rows", "counts", "positions"):
+                fields[f"{op}/{start}/{name}"] = ("i4", (segments,))
+            fields[f"{op}/{start}/pages"] = ("i4", (segments, pages))
+    return fields
+
+
+def attention_ranges(schedule: Schedule) -> tuple[tuple[str, Range], ...]:
+    """Attention nano-ops of a schedule: op and rows; no two of an op start at the same row."""
+    return tuple(
+        (nano_op.op, nano_op.tokens)
+        for nano_op in schedule.nano_ops
+        if nano_op.op in ("decode_attention", "prefill_attention")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticBatch(DenseBatch):
+    """One for each executor; `fill` puts a step in."""
+
+    schedule: Schedule
+    sizes: BatchSizes
+    is_captured: bool
+    staging: Staging
+    last_tokens_N: Tensor
+    """By slot, the token sampled last; one spare slot at the end. Shared by all batches."""
+    live: dict[tuple[str, int], DecodeRows | PrefillRows | None]
+    """By op and first row: what its kernels get."""
+
+    @classmethod
+    def make(
+        cls, schedule: Schedule, sizes: BatchSizes, last_tokens_N: Tensor, *, is_captured: bool
+    ) -> StaticBatch:
+        """Allocate, and fill with padding alone."""
+        device = last_tokens_N.device
+        staging = Staging(_fields(schedule, sizes), device)
+        tensors = staging.tensors
+        batch = cls(
+            requests=(),
+            page_size=sizes.page_size,
+            rows=(),
+            token_ids_T=torch.zeros_like(tensors["host_ids_T"]),
+            positions_T=tensors["positions_T"],
+            slots_T=tensors["slots_T"],
+            logical_rows=(),
+            logit_rows_R=tensors["logit_rows_R"],
+            logit_requests=(),
+            schedule=schedule,
+            sizes=sizes,
+            is_captured=is_captured,
+            staging=staging,
+            last_tokens_N=last_tokens_N,
+            live={},
+        )
+        batch.clear()
+        return batch
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return self.schedule.dense_batch_tokens
+
+    @property
+    def max_kv_len(self) -> int:
+        """Most keys that a request may have."""
+        return self.sizes.max_pages * self.sizes.page_size
+
+    @property
+    def has_live_rows(self) -> bool:
+        """Attention rows are those of the last `fill`."""
+        return True
+
+    @property
+    def logit_slots(self) -> Tensor:
+        """Slot of each logit row; the spare one for padding."""
+        return self.staging.tensors["logit_slots_R"]
+
+    def decode_rows(self, tokens: Range) -> DecodeRows | None:
+        """Decode rows of the step in a range of a decode nano-op."""
+        rows = self.live["decode_attention", tokens[0]]
+        assert rows is None or isinstance(rows, DecodeRows)
+        return rows
+
+    def prefill_rows(self, tokens: Range) -> PrefillRows | None:
+        """Prefill segments of the step in a range of a prefill nano-op."""
+        rows = self.live["prefill_attention", tokens[0]]
+        assert rows is None or isinstance(rows, PrefillRows)
+        return rows
+
+    def fetch_token_ids(self) -> None:
+        """Put each row's token in place: from the host, or the one sampled last in its slot."""
+        tensors = self.staging.tensors
+        sampled_T = self.last_tokens_N.index_select(0, tensors["sources_T"])
+        torch.where(tensors["is_known_T"], tensors["host_ids_T"], sampled_T, out=self.token_ids_T)
+
+    def clear(self) -> None:
+        """Padding alone: what a graph is captured with."""
+        no_rows = np.empty(0, dtype=np.int32)
+        nothing = StepInputs(
+            choice="",
+            decode_slots_R=no_rows,
+            decode_positions_R=no_rows,
+            decode_tokens_R=np.empty(0, dtype=np.int64),
+            chunks=(),
+            page_updates_U3=no_rows.reshape(-1, 3),
+        )
+        self.fill(nothing, np.zeros((1, self.sizes.max_pages), dtype=np.int32))
+
+    def fill(self, inputs: StepInputs, page_table_NP: NDArray[np.int32]) -> None:
+        """Lay a step out and send it to the device.
+
+        Raises:
+            ValueError: the step does not fit.
+        """
+        arrays = self.staging.next_arrays()
+        num_prompt_tokens = inputs.num_rows - len(inputs.decode_slots_R)
+        places = place_rows(self.schedule, len(inputs.decode_slots_R), num_prompt_tokens)
+        self._fill_rows(arrays, inputs, places, page_table_NP)
+        self._fill_logits(arrays, inputs, places)
+        for op, tokens in attention_ranges(self.schedule):
+            prefix = f"{op}/{tokens[0]}/"
+            view: Callable[[str], Array] = lambda name, p=prefix: arrays[p + name]  # noqa: E731
+            if op == "decode_attention":
+                rows = self._fill_decodes(view, inputs, places, tokens, page_table_NP)
+            else:
+                pieces = list(places.pieces_within(tokens, inputs.chunks))
+                rows = self._fill_segments(view, inputs, pieces, tokens, page_table_NP)
+            self.live[op, tokens[0]] = rows
+        self.staging.upload()
+
+    def _fill_rows(
+        self,
+        arrays: Mapping[str, Array],
+        inputs: StepInputs,
+        places: RowPlaces,
+        page_table_NP: NDArray[np.int32],
+    ) -> None:
+        """Token, position and cache slot of each row."""
+        for name in ("host_ids_T", "slots_T", "positions_T"):
+            arrays[name][:] = 0
+        arrays["sources_T"][:] = self.sizes.num_slots
+        arrays["is_known_T"][:] = True
+        decodes_R, prompts_N = places.decode_rows_R, places.prompt_rows
+        chunks = inputs.chunks
+        counts = [len(chunk.token_ids) for chunk in chunks]
+        rows_X = np.concatenate((decodes_R, prompts_N))
+        owners_X = np.concatenate(
+            (inputs.decode_slots_R, np.repeat([chunk.slot for chunk in chunks], counts))
+        ).astype(np.int64)
+        firsts = [
+            np.arange(c.first_position, c.first_position + n)
+            for c, n in zip(chunks, counts, strict=True)
+        ]
+        positions_X = np.concatenate((inputs.decode_positions_R, *firsts)).astype(np.int64)
+        size = self.sizes.page_size
+        pages_X = page_table_NP[owners_X, positions_X // size].astype(np.int64)
+        arrays["slots_T"][rows_X] = pages_X * size + positions_X % size
+        arrays["positions_T"][rows_X] = positions_X
+        if chunks:
+            tokens = [np.array(chunk.token_ids, dtype=np.int64) for chunk in chunks]
+            arrays["host_ids_T"][prompts_N] = np.concatenate(tokens)
+        is_known_R = inputs.decode_tokens_R != NOT_YET_KNOWN
+        arrays["host_ids_T"][decodes_R] = np.where(is_known_R, inputs.decode_tokens_R, 0)
+        arrays["is_known_T"][decodes_R] = is_known_R
+        arrays["sources_T"][decodes_R] = inputs.decode_slots_R
+
+    def _fill_logits(
+        self, arrays: Mapping[str, Array], inputs: StepInputs, places: RowPlaces
+    ) -> None:
+        ends = np.cumsum([len(chunk.token_ids) for chunk in inputs.chunks], dtype=np.int64) - 1
+        wanted = [chunk.is_complete for chunk in inputs.chunks]
+        last_rows = places.prompt_rows[ends[wanted]] if any(wanted) else ends[:0]
+        rows_R = np.concatenate((places.decode_rows_R, last_rows))
+        slots = inputs.logit_slots
+        if len(rows_R) > self.sizes.num_logits:
+            raise ValueError(
+                f"a step predicts {len(rows_R)} tokens, but the executor has room for "
+                f"{self.sizes.num_logits}: choose one with more logit rows"
+            )
+        arrays["logit_rows_R"][:] = 0
+        arrays["logit_slots_R"][:] = self.sizes.num_slots
+        arrays["logit_rows_R"][: len(rows_R)] = rows_R
+        arrays["logit_slots_R"][: len(rows_R)] = slots
+
+    def _fill_decodes(
+        self,
+        view: Callable[[str], Array],
+        inputs: StepInputs,
+        places: RowPlaces,
+        tokens: Range,
+        page_table_NP: NDArray[np.int32],
+    ) -> DecodeRows | None:
+        mine = places.decodes_within(tokens)
+        count = mine.stop - mine.start
+        kv_lens_R = inputs.decode_positions_R[mine] + 1
+        longest = int(kv_lens_R.max()) if count else 0
+        width = -(-longest // self.sizes.page_size)
+        view("rows")[:count], view("rows")[count:] = places.decode_rows_R[mine], 0
+        view("kv_lens")[:count], view("kv_lens")[count:] = kv_lens_R, 0
+        view("pages")[:count, :width] = page_table_NP[inputs.decode_slots_R[mine], :width]
+        shown, longest = self._shown(count, tokens[1] - tokens[0], longest)
+        if shown == 0:
+            return None
+        tensor = self._tensors(f"decode_attention/{tokens[0]}/", shown)
+        return DecodeRows(
+            row_ids_R=tensor("rows"),
+            kv_lens_R=tensor("kv_lens"),
+            page_table_RP=tensor("pages"),
+            max_kv_len=longest,
+        )
+
+    def _fill_segments(
+        self,
+        view: Callable[[str], Array],
+        inputs: StepInputs,
+        pieces: Sequence[Piece],
+        tokens: Range,
+        page_table_NP: NDArray[np.int32],
+    ) -> PrefillRows | None:
+        count = len(pieces)
+        owners = [inputs.chunks[piece.chunk] for piece in pieces]
+        starts = [c.first_position + p.offset for c, p in zip(owners, pieces, strict=True)]
+        rows = tuple(piece.count for piece in pieces)
+        longest = max((start + n for start, n in zip(starts, rows, strict=True)), default=0)
+        width = -(-longest // self.sizes.page_size)
+        view("rows")[:count] = [piece.first_row for piece in pieces]
+        view("counts")[:count], view("counts")[count:] = rows, 0
+        view("positions")[:count] = starts
+        view("pages")[:count, :width] = page_table_NP[[chunk.slot for chunk in owners], :width]
+        room = len(view("rows"))
+        shown, longest = self._shown(count, room, longest)
+        if shown == 0:
+            return None
+        tensor = self._tensors(f"prefill_attention/{tokens[0]}/", shown)
+        return PrefillRows(
+            row_starts_S=tensor("rows"),
+            num_rows_S=tensor("counts"),
+            position_starts_S=tensor("positions"),
+            page_table_SP=tensor("pages"),
+            # Captured: a bound of the rows, from which grids are sized.
+            segment_rows=(tokens[1] - tokens[0], *[1] * (room - 1)) if self.is_captured else rows,
+            max_kv_len=longest,
+        )
+
+    def _shown(self, count: int, room: int, longest: int) -> tuple[int, int]:
+        """Entries and most keys that kernels are told of: all that fit when captured."""
+        return (room, self.max_kv_len) if self.is_captured else (count, longest)
+
+    def _tensors(self, prefix: str, shown: int) -> Callable[[str], Tensor]:
+        return lambda name: self.staging.tensors[prefix + name][:shown]
