@@ -99,6 +99,8 @@ def _report(options: argparse.Namespace) -> int:
     from .html import render
     from .output_folder import read_document
 
+    if options.other is not None:
+        return _compare(options)
     values = read_document(options.folder)
     pictures = {name: options.folder / f"{name}.png" for name in ("timeline", "sm_curves")}
     images = {name: path.read_bytes() for name, path in pictures.items() if path.exists()}
@@ -110,6 +112,20 @@ def _report(options: argparse.Namespace) -> int:
         ) from err
     (options.folder / "report.html").write_text(page, encoding="utf-8")
     _show(values, is_json_only=options.json)
+    return DONE
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from .compare_command import compare_paths
+    from .comparison_page import difference_lines, table
+
+    values = compare_paths(options.folder, options.other, options.output_dir)
+    if not options.json:
+        stdout = _stdout()
+        stdout.print(table(values))
+        for text in (*difference_lines(values), *values["warnings"], values["verdict"]):
+            stdout.print(text, markup=False, highlight=False)
+    print(json.dumps(values, separators=(",", ":")))
     return DONE
 
 

@@ -15,8 +15,29 @@ SCHEDULES = ("winner", "sequential", "best_overlapped")
 
 def add_tool_parsers(verbs: Any) -> None:  # noqa: ANN401 - argparse gives it no public name
     """Add the verbs to the command line's."""
+    _add_report(verbs)
     _add_export(verbs)
     _add_check_env(verbs)
+
+
+def _add_report(verbs: Any) -> None:  # noqa: ANN401
+    parser = verbs.add_parser(
+        "report",
+        help="show the result in a folder and render its page anew, or compare two of them",
+        description="With one folder: show its result and render its page anew. With two plans or "
+        "folders: set them side by side, on the screen and in compare.html and compare.json.",
+        epilog="examples:\n"
+        "  nanoflow-tune report nanoflow-out/llama3-8b-h200-512-512-tp1\n"
+        "  nanoflow-tune report before/plan.yaml after/plan.yaml --output-dir compared",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, metavar="A", help="a job's folder, or a plan file")
+    parser.add_argument("other", type=Path, metavar="B", nargs="?", help="what to set beside A")
+    parser.add_argument(
+        "--output-dir", type=Path, help="of the comparison (default: nanoflow-out/compare)"
+    )
+    parser.add_argument("--json", action="store_true", help="only the JSON line on stdout")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
 def _add_export(verbs: Any) -> None:  # noqa: ANN401
