@@ -125,7 +125,8 @@ def _compare(options: argparse.Namespace) -> int:
         stdout.print(table(values))
         for text in (*difference_lines(values), *values["warnings"], values["verdict"]):
             stdout.print(text, markup=False, highlight=False)
-    print(json.dumps(values, separators=(",", ":")))
+    short = {key: held for key, held in values.items() if key not in ("facts", "schedules")}
+    print(json.dumps(short, separators=(",", ":")))
     return DONE
 
 

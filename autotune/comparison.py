@@ -16,6 +16,8 @@ from ..runtime.plan_io import load_plan
 from .output_folder import DOCUMENT, read_document
 
 ROLES = ("winner", "sequential", "best_overlapped")
+_JOB = ("model", "hardware", "num_gpus", "workload")
+"""What two plans must share for their figures to be about one thing."""
 Basis = Literal["measured", "predicted"]
 
 
@@ -185,7 +187,7 @@ def _called(key: tuple[str, tuple[int, int]]) -> str:
 
 def _warnings(a: Side, b: Side) -> list[str]:
     found: list[str] = []
-    for name in ("model", "hardware", "num_gpus", "workload"):
+    for name in _JOB:
         mine, other = getattr(a.plan, name), getattr(b.plan, name)
         if mine != other:
             found.append(f"{name} differs: {mine} and {other}; figures compare different jobs")
@@ -206,7 +208,9 @@ def _warnings(a: Side, b: Side) -> list[str]:
 def _verdict(a: Side, b: Side, figures: dict[str, Any], basis: Basis) -> str:
     first, second = figures["a"], figures["b"]
     ratio = second["tokens_per_s_per_gpu"] / first["tokens_per_s_per_gpu"]
-    what = (
+    is_other = any(getattr(a.plan, name) != getattr(b.plan, name) for name in _JOB)
+    what = "Two different jobs: " if is_other else ""
+    what += (
         f"B's winner ({second['schedule']}) gives {ratio:.3f}x the tokens/s per GPU of A's "
         f"({first['schedule']}), {basis}"
     )

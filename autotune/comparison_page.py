@@ -18,16 +18,18 @@ _UNITS = {
 
 
 def figure_rows(values: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """(plan, figure, A, B, B / A) of every role and figure that both sides have."""
+    """(plan, figure, A, B, B / A) of what both sides have; the plan is named once."""
     rows: list[tuple[str, str, str, str, str]] = []
+    last = ""
     for role, figures in values["figures"].items():
         for key, (unit, factor, form) in _UNITS.items():
             cells = [figures[side][key] for side in ("a", "b")]
             if None in cells:
                 continue
-            texts = [form.format(cell * factor) for cell in cells]
+            a, b = (form.format(cell * factor) for cell in cells)
             ratio = f"{cells[1] / cells[0]:.3f}"
-            rows.append((role.replace("_", " "), unit, texts[0], texts[1], ratio))
+            rows.append(("" if role == last else role.replace("_", " "), unit, a, b, ratio))
+            last = role
     return rows
 
 
@@ -40,10 +42,8 @@ def table(values: Mapping[str, Any]) -> Any:  # noqa: ANN401 - rich is imported 
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for heading in (f"plan ({values['basis']})", "", "A", "B", "B / A"):
         made.add_column(heading, justify="right" if heading in ("A", "B", "B / A") else "left")
-    last = ""
-    for role, unit, a, b, ratio in figure_rows(values):
-        made.add_row("" if role == last else plain(role), plain(unit), a, b, ratio)
-        last = role
+    for row in figure_rows(values):
+        made.add_row(*map(plain, row))
     return made
 
 
@@ -70,7 +70,8 @@ def page(values: Mapping[str, Any]) -> str:
         f'<p><span class="badge accent">{escape(values["basis"])}</span></p>{warnings}</header>',
         "<h2>Figures</h2>" + _table(("plan", "", "A", "B", "B / A"), figure_rows(values)),
         "<h2>Jobs</h2>" + _table(("", "A", "B"), _pairs(values["facts"]), is_text=True),
-        "<h2>Inputs</h2>" + _table(("hash of", "A", "B", ""), _inputs(values["inputs"])),
+        "<h2>Inputs</h2>"
+        + _table(("hash of", "A", "B", ""), _inputs(values["inputs"]), is_text=True),
     ]
     for role, difference in values["schedules"].items():
         parts.append(f"<h2>Schedules: {escape(role.replace('_', ' '))}</h2>{_schedule(difference)}")
@@ -126,7 +127,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, is_text: bool
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
-    kind = ' class="facts"' if is_text else ""
+    kind = ' class="words"' if is_text else ""
     return (
         f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
