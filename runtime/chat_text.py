@@ -45,6 +45,12 @@ class ChatText:
         self._bytes: dict[int, bytes] = {}
 
     @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The tokenizer's own end-of-sequence token; empty without one."""
+        token_id = self._tokenizer.eos_token_id
+        return () if token_id is None else (int(token_id),)
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the folder says how to write a conversation."""
         return bool(self._tokenizer.chat_template)

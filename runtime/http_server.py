@@ -1,11 +1,15 @@
 """uvicorn with a shutdown that operators expect: SIGTERM ends requests in peace and exits with 0.
 
-On the first signal no request is taken any more and running ones may finish within a limit; on the
-second all end at once.
+On a signal no request is taken any more, and running ones may finish within a limit; then the
+engine cancels them, and their clients are told. A second SIGINT ends all at once.
 """
 
 from __future__ import annotations
 
+import math
+import signal
+import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -13,13 +17,21 @@ import uvicorn
 from .openai_api import OpenAiApi
 
 _KEEP_ALIVE_S = 30
+_LAST_WORDS_S = 5
 
 
 class HttpServer(uvicorn.Server):
     """Serves one `OpenAiApi`."""
 
     def __init__(
-        self, api: OpenAiApi, *, host: str, port: int, shutdown_timeout_s: float, log_level: str
+        self,
+        api: OpenAiApi,
+        *,
+        host: str,
+        port: int,
+        shutdown_timeout_s: float,
+        log_level: str,
+        on_start: Callable[[str], None] | None = None,
     ) -> None:
         """Set up; `run()` serves until a signal comes or `should_exit` is set.
 
@@ -29,6 +41,7 @@ class HttpServer(uvicorn.Server):
             port: 0 takes a free one, see `bound_port`.
             shutdown_timeout_s: how long running requests may go on after a signal.
             log_level: uvicorn's.
+            on_start: told the URL when requests are taken.
         """
         super().__init__(
             uvicorn.Config(
@@ -39,10 +52,19 @@ class HttpServer(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=_KEEP_ALIVE_S,
-                timeout_graceful_shutdown=max(1, round(shutdown_timeout_s)),
+                # The engine ends all requests at the limit; this is for clients that do not read.
+                timeout_graceful_shutdown=math.ceil(shutdown_timeout_s) + _LAST_WORDS_S,
             )
         )
-        self._api = api
+        self._api, self._on_start = api, on_start
+        self._shutdown_timeout_s = shutdown_timeout_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then tell."""
+        await super().startup(sockets)
+        if self.started and self._on_start is not None:
+            host = self.config.host
+            self._on_start(f"http://{f'[{host}]' if ':' in host else host}:{self.bound_port}")
 
     @property
     def bound_port(self) -> int:
@@ -55,7 +77,8 @@ class HttpServer(uvicorn.Server):
         uvicorn's own handler raises the signal again after the shutdown, so that the process
         would end by it and not with 0.
         """
-        self._api.is_closing = True
-        if self.should_exit:
+        self._api.begin_closing(self._shutdown_timeout_s)
+        # SIGTERM may come twice for one wish (process and group): it is never taken for haste.
+        if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
         self.should_exit = True

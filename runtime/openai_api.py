@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -47,8 +48,6 @@ class ApiOptions:
     max_body_bytes: int = 8 << 20
     system_fingerprint: str = ""
     """Names the plan: with it, a seed gives the same tokens again."""
-    close_timeout_s: float = 10.0
-    """How long the engine may take to end at shutdown."""
 
 
 class OpenAiApi:
@@ -64,7 +63,7 @@ class OpenAiApi:
         """
         self.metrics = ServerMetrics(lambda: engine.stats)
         self.is_closing = False
-        """Set by the signal handler: no request is taken from then on."""
+        """No request is taken any more."""
         self._engine = engine
         self._text = text
         self._options = options
@@ -97,12 +96,23 @@ class OpenAiApi:
         )
         return app
 
+    def begin_closing(self, timeout_s: float) -> None:
+        """Take no more requests and let the engine end; returns at once, may be called twice.
+
+        Args:
+            timeout_s: how long running requests may go on before they are cancelled.
+        """
+        if not self.is_closing:
+            self.is_closing = True
+            closing = threading.Thread(target=self._engine.close, args=(timeout_s,), daemon=True)
+            closing.start()
+
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncGenerator[None, None]:
         self._bridge = EventBridge(asyncio.get_running_loop())
         yield
         self.is_closing = True
-        await asyncio.to_thread(self._engine.close, self._options.close_timeout_s)
+        await asyncio.to_thread(self._engine.close, 0.0)  # whoever was waiting has gone by now
         self._tokenizing.shutdown(wait=False)
 
     async def completions(self, body: CompletionBody, http: Request) -> Response:

@@ -1,15 +1,204 @@
-"""`nanoflow-serve`: says what to use until the bundled server is there."""
+"""`nanoflow-serve`: a plan and a checkpoint behind the OpenAI API.
+
+    nanoflow-serve --plan plan.yaml --weights DIR
+
+The API key, where one is wanted, comes from NANOFLOW_API_KEY or a file: arguments can be seen by
+every user of the machine. The URL is the only line on stdout, printed when requests are taken.
+Exit codes: 0 shut down as asked (SIGTERM, SIGINT), 1 crash, 2 bad input.
+"""
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import importlib.util
+import ipaddress
+import os
 import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+DONE, CRASH, BAD_INPUT = 0, 1, 2
+KEY_VARIABLE = "NANOFLOW_API_KEY"
+_NEEDED = ("fastapi", "uvicorn", "pydantic", "prometheus_client", "transformers", "safetensors")
 
 
-def main() -> int:
-    """Print what works today; the exit code says that nothing was served."""
-    print(
-        "nanoflow-serve: serving arrives in a later release. Today `nanoflow-tune --model NAME` "
-        "makes a plan, runs and verifies it, and reports what it gains.",
-        file=sys.stderr,
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until told to stop; returns the exit code."""
+    options = build_parser().parse_args(argv)
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        return _refuse(
+            f"serving needs {', '.join(missing)}: install them with "
+            "`pip install 'nanoflow-tune[serve]'` (or `'.[serve]'` in a checkout)"
+        )
+    try:
+        _serve(options)
+    except ValueError as err:
+        if options.log_level == "debug":
+            traceback.print_exc()
+        return _refuse(str(err))
+    return DONE
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="nanoflow-serve",
+        description="Serve a checkpoint with a tuned plan, over the OpenAI API.",
+        epilog="exit: 0 shut down as asked, 1 crash, 2 bad input",
     )
-    return 2
+    add = parser.add_argument
+    add("--version", action="version", version=version("nanoflow-tune"))
+    add("--plan", type=Path, required=True, metavar="PLAN.yaml", help="what nanoflow-tune wrote")
+    add(
+        "--weights",
+        required=True,
+        metavar="DIR",
+        help="a Hugging Face folder with safetensors; `random[:SEED]` for measurements",
+    )
+    add("--model", help="the model of random weights (default: the plan's)")
+    add("--model-name", help="what clients call it (default: the model's name)")
+    add("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
+    add("--num-gpus", type=_positive, help="tensor-parallel degree (default: the plan's)")
+    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    add("--port", type=_port, default=8000, help="0 takes a free one (%(default)s)")
+    add(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help=f"its first line is the key that clients must send (or set {KEY_VARIABLE})",
+    )
+    add(
+        "--max-model-len", type=_positive, help="tokens of prompt and answer (default: the model's)"
+    )
+    add("--max-running", type=_positive, help="requests with a place in the KV cache")
+    add("--max-queue", type=_positive, default=4096, help="requests that may wait (%(default)s)")
+    add("--kv-cache-gib", type=_positive_float, help="per GPU (default: what is left of it)")
+    add("--max-body-mib", type=_positive, default=8, help="of one request (%(default)s)")
+    add(
+        "--shutdown-timeout",
+        type=_positive_float,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long running requests may go on after SIGTERM (%(default)g)",
+    )
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
+    return parser
+
+
+def api_key(file: Path | None, variable: str | None) -> str | None:
+    """The key that clients must send; None when nobody set one.
+
+    Args:
+        file: read when given.
+        variable: value of the environment variable.
+
+    Raises:
+        ValueError: both are given, or the file is unreadable or empty.
+    """
+    if file is None:
+        return variable or None
+    if variable:
+        raise ValueError(f"--api-key-file and {KEY_VARIABLE} are both set; unset one of them")
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as err:
+        raise ValueError(f"{file}: the API key cannot be read ({err}); check the path") from err
+    if not lines or not lines[0].strip():
+        raise ValueError(f"{file}: its first line must be the API key, but it is empty")
+    return lines[0].strip()
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from .chat_text import load_chat_text
+    from .http_server import HttpServer
+    from .openai_api import ApiOptions, OpenAiApi
+    from .serving_setup import ServingOptions, build_engine
+
+    key = api_key(options.api_key_file, os.environ.get(KEY_VARIABLE))
+    if key is None and not _is_loopback(options.host):
+        _say(f"anybody who reaches {options.host} may use this server: set {KEY_VARIABLE}")
+    cache = options.kv_cache_gib
+    serving = ServingOptions(
+        plan=options.plan,
+        weights=options.weights,
+        model=options.model,
+        num_gpus=options.num_gpus,
+        device=options.device,
+        max_model_len=options.max_model_len,
+        max_running=options.max_running,
+        max_queue=options.max_queue,
+        cache_bytes=None if cache is None else int(cache * 2**30),
+    )
+    text = None if serving.folder is None else load_chat_text(serving.folder)
+    if text is None:
+        _say("there is no tokenizer: prompts must be token ids, and so are the answers")
+    engine = build_engine(serving, () if text is None else text.end_token_ids, _say)
+    engine.start()
+    name = options.model_name or engine.model_name
+    api = OpenAiApi(
+        engine,
+        text,
+        ApiOptions(
+            model_name=name,
+            api_key=key,
+            max_body_bytes=options.max_body_mib << 20,
+            system_fingerprint=_fingerprint(options.plan),
+        ),
+    )
+    server = HttpServer(
+        api,
+        host=options.host,
+        port=options.port,
+        shutdown_timeout_s=options.shutdown_timeout,
+        log_level=options.log_level,
+        on_start=lambda url: print(f"serving {name} at {url}", flush=True),
+    )
+    try:
+        server.run()
+    finally:
+        engine.close(0.0)  # also when the port is taken, or two signals left no time for it
+
+
+def _fingerprint(plan: Path) -> str:
+    return f"fp_{hashlib.sha256(plan.read_bytes()).hexdigest()[:10]}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, but got {value}")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive, but got {text}")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**16:
+        raise argparse.ArgumentTypeError(f"must be 0 to 65535, but got {value}")
+    return value
+
+
+def _say(text: str) -> None:
+    print(f"nanoflow-serve: {text}", file=sys.stderr, flush=True)
+
+
+def _refuse(text: str) -> int:
+    _say(f"error: {text}")
+    return BAD_INPUT

@@ -60,6 +60,7 @@ class FakeEngine:
     def close(self, timeout_s: float = 10.0) -> None:
         self.is_closed = True
         with self._changed:
+            self._changed.wait_for(lambda: not self._live, timeout_s)
             self._live.clear()
             self._changed.notify_all()
         self._inbox.put(None)
@@ -67,6 +68,8 @@ class FakeEngine:
         self._thread.join(timeout_s)
 
     def submit(self, request: GenerationRequest, on_event: OnEvent) -> None:
+        if self.is_closed:
+            raise RequestRejected(503, "the engine is shutting down: send elsewhere", 10.0)
         if len(self._live) >= self._max_requests:
             raise RequestRejected(429, "the queue is full; try again later", retry_after_s=2.5)
         self.submitted.append(request)
@@ -102,7 +105,9 @@ class FakeEngine:
             if token_id in self.eos_token_ids and not request.sampling.ignore_eos:
                 reason = "stop"
                 break
-        self._live.discard(request.request_id)
+        with self._changed:
+            self._live.discard(request.request_id)
+            self._changed.notify_all()
         self.stats = replace(
             self.stats, tokens_generated_total=self.stats.tokens_generated_total + num_generated
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import threading
 
@@ -210,7 +211,7 @@ def test_shutdown_lets_running_requests_finish_and_takes_no_new_ones():
         stream = server.client().completions.create(**TEXT, max_tokens=5, stream=True)
         kept = server.plain()
         kept.get("/health")
-        server.http.handle_exit(15, None)
+        server.http.handle_exit(signal.SIGTERM, None)
         server.engine.may_go_on.set()
         assert "".join(chunk.choices[0].text for chunk in stream) == "one"
         server.thread.join(30)
@@ -230,11 +231,14 @@ def test_a_closing_server_says_so():
         assert server.plain().get("/health").status_code == 503
 
 
-def test_shutdown_ends_what_does_not_finish_within_the_limit():
-    with live_server(holds_at=1, shutdown_timeout_s=1) as server:
-        stream = server.client().completions.create(**TEXT, max_tokens=5, stream=True)
-        request_id = f"{next(iter(stream)).id}-0"
-        server.http.handle_exit(15, None)
+def test_shutdown_ends_what_does_not_finish_within_the_limit_and_tells_the_client():
+    with live_server(holds_at=1, shutdown_timeout_s=0.2) as server:
+        stream = server.client().completions.create(model=MODEL, prompt="one two", stream=True)
+        next(iter(stream))
+        for _ in range(2):  # a signal may come twice
+            server.http.handle_exit(signal.SIGTERM, None)
+        with pytest.raises(openai.APIError, match="shutting down and has ended this request"):
+            list(stream)
         server.thread.join(30)
         assert not server.thread.is_alive()
-        assert request_id in server.engine.cancelled
+        assert not server.http.force_exit

@@ -1,0 +1,266 @@
+"""From a plan and a checkpoint to an engine that serves: loads, checks, sizes the KV cache.
+
+A plan that does not fit the model or the GPUs is refused; one that fits roughly runs its sequential
+schedules, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from ..search_spaces.loader import load_hardware, load_model
+from ..search_spaces.schema import HardwareSpec, ModelSpec
+from .kv_sizes import pages_for
+from .op_graph import OpGraph
+from .plan import Plan, Schedule
+from .plan_choice import PlanBook
+from .plan_io import load_plan
+from .plan_match import LiveGpus, match_plan
+from .scheduler import SchedulerLimits
+
+if TYPE_CHECKING:
+    from .engine import Engine, EngineConfig
+    from .model_runner import ModelRunner
+
+RANDOM = "random"
+"""Instead of a folder: weights drawn from a seed, for measurements."""
+USABLE_SHARE = 0.9
+"""Of a GPU's memory, for weights, activations and cache; the rest is the driver's and NCCL's."""
+CPU_CACHE_BYTES = 1 << 30
+CPU_CONTEXT = 4096
+DEFAULT_MAX_RUNNING = {"cuda": 1024, "cpu": 64}
+_FP32_BYTES = 4
+
+DeviceType = Literal["cpu", "cuda"]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingOptions:
+    """What an operator asks for; None leaves the choice to this module."""
+
+    plan: Path
+    weights: str
+    """A Hugging Face folder, or `random`, or `random:SEED`."""
+    model: str | None = None
+    """The model of random weights; by default the plan's."""
+    num_gpus: int | None = None
+    device: DeviceType | None = None
+    max_model_len: int | None = None
+    max_running: int | None = None
+    max_queue: int = 4096
+    cache_bytes: int | None = None
+    """Of the KV cache on each rank."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint; None for random weights."""
+        return None if self.weights.split(":")[0] == RANDOM else Path(self.weights)
+
+    @property
+    def random_seed(self) -> int:
+        """Of random weights.
+
+        Raises:
+            ValueError: no number behind the colon.
+        """
+        text = self.weights.partition(":")[2] or "0"
+        if not text.isdigit():
+            raise ValueError(f"--weights {RANDOM}:SEED needs a number, but got {text!r}")
+        return int(text)
+
+
+def build_engine(options: ServingOptions, extra_end_ids: tuple[int, ...], say: Say) -> Engine:
+    """An engine that has not been started; its thread loads the weights.
+
+    Args:
+        options: what to serve, and how much of it.
+        extra_end_ids: end-of-sequence tokens beside those of the checkpoint's configuration.
+        say: takes remarks for the operator.
+
+    Raises:
+        ValueError: unreadable, not supported, or a plan for something else.
+    """
+    from .engine import Engine, EngineConfig
+
+    plan, model = load_plan(options.plan), _model(options)
+    hardware = load_hardware(plan.hardware)
+    device = options.device or _device_type()
+    num_gpus = options.num_gpus or plan.num_gpus
+    gpus = _live_gpus() if device == "cuda" else None
+    match = match_plan(plan, model, hardware, num_gpus, gpus)
+    for remark in match.remarks:
+        say(remark)
+    remark = "" if match.is_exact else "the plan fits this model or GPU only roughly"
+    if remark:
+        say(f"{remark}: only its sequential schedules run")
+    graph = OpGraph.build(model, num_gpus)
+    book = PlanBook.from_plan(graph, plan, hardware, remark)
+    page_bytes = model.kv_bytes_per_token * plan.page_size // num_gpus
+    room = options.cache_bytes or _cache_bytes(model, book.max_rows, num_gpus, device)
+    limits = _limits(options, model, book.max_rows, device)
+    num_pages = room // page_bytes
+    if num_pages < pages_for(limits.max_model_len, plan.page_size):
+        raise ValueError(
+            f"the KV cache must hold one request of {limits.max_model_len} tokens, but "
+            f"{room / 2**30:.2f} GiB hold {num_pages * plan.page_size}; lower --max-model-len, or "
+            "raise --kv-cache-gib"
+        )
+    config = EngineConfig(
+        model_name=model.name,
+        vocab_size=model.vocab_size,
+        limits=limits,
+        num_pages=num_pages,
+        page_size=plan.page_size,
+        eos_token_ids=tuple(sorted({*_end_token_ids(options.folder), *extra_end_ids})),
+        page_bytes=page_bytes * num_gpus,
+    )
+    if num_gpus > 1:
+        raise ValueError(
+            f"serving on {num_gpus} GPUs is not there yet; tune with --num-gpus 1 and serve that"
+        )
+    setting = _RankSetting(options, plan, model, hardware, graph, book, config, device)
+    return Engine(config, book, setting.make_runner)
+
+
+@dataclass(frozen=True, slots=True)
+class _RankSetting:
+    """All that a rank needs to make its runner."""
+
+    options: ServingOptions
+    plan: Plan
+    model: ModelSpec
+    hardware: HardwareSpec
+    graph: OpGraph
+    book: PlanBook
+    config: EngineConfig
+    device: DeviceType
+
+    def make_runner(self) -> ModelRunner:
+        """Load the weights, make the cache, capture."""
+        import torch
+
+        from .checkpoint import load_checkpoint
+        from .device import device_resources
+        from .executor import Resources
+        from .kv_cache import PagedKvCache
+        from .launch import RankContext
+        from .model_runner import ModelRunner
+        from .weights import random_weights
+
+        context = RankContext(0, 1, "cuda:0" if self.device == "cuda" else "cpu")
+        device = torch.device(context.device)
+        folder = self.options.folder
+        if folder is None:
+            seed = self.options.random_seed
+            weights = random_weights(self.model, device=device, seed=seed)
+        else:
+            _, weights = load_checkpoint(folder, device=device)
+        cache = PagedKvCache(
+            self.model,
+            num_pages=self.config.num_pages,
+            device=device,
+            page_size=self.plan.page_size,
+        )
+
+        def resources_of(schedule: Schedule) -> Resources:
+            if self.device == "cpu":
+                return Resources()
+            return device_resources(context, self.graph, self.hardware, [schedule])
+
+        runner = ModelRunner(
+            self.graph, weights, cache, self.book, self.config.runner_sizes, resources_of
+        )
+        if self.device == "cuda":
+            runner.warm_up()
+        return runner
+
+
+def _model(options: ServingOptions) -> ModelSpec:
+    if options.folder is not None:
+        if options.model is not None:
+            raise ValueError("--model goes with --weights random alone; a folder names its model")
+        return load_model(_as_path(options.folder))
+    return load_model(options.model or load_plan(options.plan).model)
+
+
+def _as_path(folder: Path) -> Path:
+    """A folder that no shipped model's name can stand for."""
+    if not folder.is_dir():
+        raise ValueError(f"--weights must be a folder, `{RANDOM}` or `{RANDOM}:SEED`, not {folder}")
+    return folder.resolve()
+
+
+def _limits(
+    options: ServingOptions, model: ModelSpec, max_rows: int, device: DeviceType
+) -> SchedulerLimits:
+    longest = model.max_position_embeddings
+    default = longest if device == "cuda" else min(longest, CPU_CONTEXT)
+    max_model_len = options.max_model_len or default
+    if max_model_len > longest:
+        raise ValueError(
+            f"--max-model-len must be at most the model's {longest} positions, but is "
+            f"{max_model_len}"
+        )
+    max_running = options.max_running or min(DEFAULT_MAX_RUNNING[device], max_rows)
+    return SchedulerLimits(
+        max_model_len=max_model_len, max_running=max_running, max_waiting=options.max_queue
+    )
+
+
+def _end_token_ids(folder: Path | None) -> tuple[int, ...]:
+    """Of `generation_config.json`, else of `config.json`."""
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name if folder is not None else None
+        if file is None or not file.is_file():
+            continue
+        found = cast("dict[str, Any]", json.loads(file.read_text("utf-8"))).get("eos_token_id")
+        if isinstance(found, int):
+            return (found,)
+        if isinstance(found, list):
+            return tuple(int(token_id) for token_id in cast("list[Any]", found))
+    return ()
+
+
+def _cache_bytes(model: ModelSpec, max_rows: int, num_gpus: int, device: DeviceType) -> int:
+    """What is left beside weights, activations and logits."""
+    if device == "cpu":
+        return CPU_CACHE_BYTES
+    import torch
+
+    total = torch.cuda.get_device_properties(0).total_memory
+    widest = model.qo_size + 2 * model.kv_size + 3 * model.intermediate_size
+    row_bytes = (4 * model.hidden_size + widest) * model.dtype_bytes
+    row_bytes += -(-model.vocab_size // num_gpus) * (model.dtype_bytes + _FP32_BYTES)
+    embedding = model.vocab_size * model.hidden_size * model.dtype_bytes
+    weights = (model.weight_bytes - embedding) // num_gpus + embedding
+    room = int(USABLE_SHARE * total) - weights - row_bytes * max_rows
+    if room <= 0:
+        raise ValueError(
+            f"the weights take {weights / 2**30:.1f} GiB of the GPU's {total / 2**30:.1f}, which "
+            "leaves no room for a KV cache; tune for more GPUs"
+        )
+    return room
+
+
+def _device_type() -> DeviceType:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _live_gpus() -> LiveGpus:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a GPU with its driver, and there is none")
+    properties = torch.cuda.get_device_properties(0)
+    return LiveGpus(
+        name=properties.name,
+        count=torch.cuda.device_count(),
+        num_sms=properties.multi_processor_count,
+    )
