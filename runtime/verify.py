@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..search_spaces.schema import Dtype, HardwareSpec, ModelSpec
 from .launch import RankContext, RankGroup
-from .op_graph import OpGraph
+from .op_graph import OpGraph, OpKind
 from .plan import Bucket, NanoBatch, NanoOp, Plan, Schedule, Verification
 from .plan_io import check_plan
 
@@ -28,6 +28,11 @@ MakeResources = Callable[[RankContext, Sequence[Schedule]], "Resources"]
 TOLERANCE: dict[Dtype, float] = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-2}
 """Largest ||a-b|| / ||b|| of a layer's output between planned and sequential run."""
 
+_TORCH_VARIANTS: dict[OpKind, str] = {
+    "grouped_gemm": "torch_grouped",
+    "grouped_gemm_silu": "torch_grouped",
+}
+"""PyTorch's variants on CUDA that are not called `torch`; on a CPU names do not matter."""
 _HEAD_DIM = 8
 _CPU_CONTEXTS = (28.0, 11.0)
 """Mean keys of a decode row and of a prefill row in a CPU run: two or three pages a request."""
@@ -75,7 +80,7 @@ def scaled_down(model: ModelSpec, tp_degree: int, num_layers: int) -> ModelSpec:
 
 
 def sequential_schedule(graph: OpGraph, schedule: Schedule, num_sms: int = 1) -> Schedule:
-    """One nano-batch on one lane with the torch kernels: the unsplit form of `schedule`."""
+    """One nano-batch on one lane with PyTorch's kernels: the unsplit form of `schedule`."""
     total = schedule.dense_batch_tokens
     decodes = sum(nano_batch.decode_tokens for nano_batch in schedule.nano_batches)
     return Schedule(
@@ -83,7 +88,11 @@ def sequential_schedule(graph: OpGraph, schedule: Schedule, num_sms: int = 1) ->
         nano_batches=(NanoBatch(tokens=(0, total), decode_tokens=decodes),),
         nano_ops=tuple(
             NanoOp(
-                op=op.name, tokens=(0, total), lane="sequential", num_sms=num_sms, variant="torch"
+                op=op.name,
+                tokens=(0, total),
+                lane="sequential",
+                num_sms=num_sms,
+                variant=_TORCH_VARIANTS.get(op.kind, "torch"),
             )
             for op in graph.layer
         ),

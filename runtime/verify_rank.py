@@ -40,7 +40,7 @@ _CACHE_POISON = 512.0
 _ANY_SHARE = 1 << 20
 _ROW_FACTOR = 10.0
 """A single row may be this much worse than the tolerance of the whole output."""
-_CLEAR_FACTOR = 2.0
+_CLEAR_FACTOR = 3.0
 """A row is compared when its margin to other experts is this many tolerances or more."""
 _LEAST_CLEAR = 0.25
 """Share of the rows that must be compared."""
