@@ -23,13 +23,13 @@ from typing import Protocol
 import numpy as np
 
 from .engine_config import EngineConfig
-from .model_runner import Launched
+from .model_runner import Launched, Sampled
 from .page_pool import PagePool
 from .plan_choice import Chosen, PlanBook
 from .prefix_index import PrefixIndex
 from .scheduler import Scheduler
 from .scheduler_records import Step
-from .sequence import EngineStats, GenerationRequest, OnEvent, RequestRejected
+from .sequence import EngineStats, GenerationRequest, OnEvent, RequestRejected, TokenEvent
 from .step import StepInputs
 
 _SMOOTHING = 0.1
@@ -43,8 +43,8 @@ class Runner(Protocol):
         """Queue a step."""
         ...
 
-    def collect(self, launched: Launched) -> list[int]:
-        """Tokens of a step, once it has run."""
+    def collect(self, launched: Launched) -> Sampled:
+        """What a step sampled, once it has run."""
         ...
 
     def close(self) -> None:
@@ -261,10 +261,12 @@ class Engine:
                 queued = self._launch(runner, step, began_s, follows=in_flight is not None)
             self._time.host_s += self._now() - began_s
             if in_flight is not None:
-                tokens = runner.collect(in_flight.launched)
+                sampled = runner.collect(in_flight.launched)
                 self._count(in_flight)
                 began_s = self._now()
-                self._scheduler.update(in_flight.step, tokens, None)
+                self._scheduler.update(
+                    in_flight.step, sampled.token_ids, _details(in_flight.step, sampled)
+                )
                 self._time.host_s += self._now() - began_s
             in_flight = queued
             self._publish()
@@ -342,3 +344,22 @@ class Engine:
             offload_disk_bytes=self._index.disk_used * config.page_bytes,
             swap_bytes_total=totals.swapped_pages * config.page_bytes,
         )
+
+
+def _details(step: Step, sampled: Sampled) -> list[TokenEvent] | None:
+    """Events with the log-probabilities that each request asked for; None when none did."""
+    if sampled.logprobs is None:
+        return None
+    events: list[TokenEvent] = []
+    for row, (sequence, token) in enumerate(zip(step.predicting, sampled.token_ids, strict=True)):
+        wanted = sequence.request.sampling.logprobs
+        top = sampled.top_logprobs[row][:wanted] if sampled.top_logprobs and wanted else []
+        events.append(
+            TokenEvent(
+                request_id=sequence.request.request_id,
+                token_id=token,
+                logprob=None if wanted is None else sampled.logprobs[row],
+                top_logprobs=tuple(top),
+            )
+        )
+    return events

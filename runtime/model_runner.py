@@ -5,9 +5,10 @@ in each slot stays on the device and feeds the next step, so a step can be queue
 of the one before are known. On a GPU a step is one CUDA graph, captured when a schedule is first
 used; schedules with attention variants that plan on the host run eagerly, and `Launched` says so.
 
-What a graph holds: fetching token ids, embedding, all nano-ops, LM head, sampling, storing the
-tokens by slot. What stays outside: cache operations, the copy of the step's numbers to the device
-(one for each step), the copy of the tokens back.
+What a graph holds: fetching token ids, embedding, all nano-ops, final norm, LM head. What stays
+outside: cache operations, the copy of the step's numbers to the device (one for each step),
+sampling (it depends on what the step's requests ask for), the copy of the tokens back. All of it is
+queued before the step runs, so the device sees no gap.
 
 Shape legend: R logit rows, N slots, P pages of a request.
 """
@@ -29,7 +30,8 @@ from .kv_store import KvStore
 from .op_graph import OpGraph
 from .plan import Schedule
 from .plan_choice import Choice, PlanBook
-from .sampling import GreedySampler, MakeSampler, Sampler
+from .sampling import SamplingTable, TokenSampler
+from .slot_needs import SlotNeeds
 from .static_batch import BatchSizes, StaticBatch
 from .step import StepInputs
 from .weights import Weights
@@ -41,28 +43,35 @@ ResourcesOf = Callable[[Schedule], Resources]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launched:
-    """A step that was queued."""
+    """A step that was queued; its tensors lie on the host and are valid once it is done."""
 
     tokens_R: Tensor
-    """On the host, valid once the step is done."""
+    logprobs_R: Tensor | None
+    """None: no row asked for log-probabilities."""
+    top_ids_RK: Tensor | None
+    top_logprobs_RK: Tensor | None
     done: torch.cuda.Event | None
     is_eager: bool
     """On a GPU: no graph was replayed."""
 
 
-class _SlotSampler:
-    """Samples, then stores the tokens by slot for the next step."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """What a step sampled, by logit row."""
 
-    def __init__(self, inner: Sampler, batch: StaticBatch) -> None:
-        self.inner = inner
-        self.next_token_ids_R = inner.next_token_ids_R
-        self._batch = batch
+    token_ids: list[int]
+    logprobs: list[float] | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+    """Likeliest first."""
 
-    def __call__(self, logits_RV: Tensor) -> None:
-        self.inner(logits_RV)
-        self._batch.last_tokens_N.index_copy_(
-            0, self._batch.logit_slots, self.inner.next_token_ids_R
-        )
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """An executor with its batch and its sampler, which runs behind it outside of the graph."""
+
+    executor: Executor
+    batch: StaticBatch
+    sampler: TokenSampler
 
 
 class ModelRunner:
@@ -76,7 +85,6 @@ class ModelRunner:
         book: PlanBook,
         sizes: RunnerSizes,
         resources_of: ResourcesOf | None = None,
-        make_sampler: MakeSampler = GreedySampler,
         store: KvStore | None = None,
     ) -> None:
         """Make the tables; executors are made when they are first used, or by `warm_up`.
@@ -88,15 +96,15 @@ class ModelRunner:
             book: what steps may run.
             sizes: of tables and batches.
             resources_of: partitions and groups of a schedule; None: none are needed.
-            make_sampler: makes what chooses tokens.
             store: of pages outside the device.
         """
         self.graph, self.weights, self.cache, self.book = graph, weights, cache, book
         self.sizes = sizes
         self.store = store or KvStore(cache)
         self._resources_of = resources_of or _no_resources
-        self._make_sampler = make_sampler
-        self._executors: dict[tuple[str, int], Executor] = {}
+        self._table = SamplingTable(sizes.max_running, weights.device)
+        self._needs = SlotNeeds(sizes.max_running)
+        self._bound: dict[tuple[str, int], _Bound] = {}
         self._largest: Executor | None = None
         max_pages = pages_for(sizes.max_model_len, cache.page_size)
         self._page_table_NP = np.zeros((sizes.max_running, max_pages), dtype=np.int32)
@@ -110,62 +118,86 @@ class ModelRunner:
         for key in keys or tuple(self.book.choices):
             rows = self.book.choices[key].rows
             for num_logits in sorted({logit_room(rows, n + 1) for n in range(rows)}, reverse=True):
-                self._executor(key, num_logits)
+                self._bind(key, num_logits)
 
     def launch(self, inputs: StepInputs) -> Launched:
         """Queue a step on the current stream."""
         self.store.run(inputs.cache_ops)
         updates = inputs.page_updates_U3
         self._page_table_NP[updates[:, 0], updates[:, 1]] = updates[:, 2]
+        self._table.take(inputs.slots_taken)
+        self._needs.take(inputs.slots_taken)
         choice = self.book.choices[inputs.choice]
-        num_tokens = len(inputs.logit_slots)
-        executor = self._executor(choice.key, logit_room(choice.rows, num_tokens))
-        batch, sampler = executor.batch, executor.sampler
-        assert isinstance(batch, StaticBatch)
-        assert sampler is not None
-        batch.fill(inputs, self._page_table_NP)
-        if batch.is_captured:
-            executor.replay()
+        slots = inputs.logit_slots
+        bound = self._bind(choice.key, logit_room(choice.rows, len(slots)))
+        bound.batch.fill(inputs, self._page_table_NP)
+        if bound.batch.is_captured:
+            bound.executor.replay()
         else:
-            executor.run()
-        return self._read_back(sampler.next_token_ids_R[:num_tokens], batch.is_captured)
+            bound.executor.run()
+        bound.sampler.mode = self._needs.mode_of(slots)
+        bound.sampler(bound.executor.logits_RV)
+        next_R = bound.sampler.next_token_ids_R
+        self._last_tokens_N.index_copy_(0, bound.batch.logit_slots, next_R)
+        return self._read_back(bound, len(slots))
 
-    def collect(self, launched: Launched) -> list[int]:
-        """The tokens of a step, once it has run."""
+    def collect(self, launched: Launched) -> Sampled:
+        """What a step sampled, once it has run."""
         if launched.done is not None:
             launched.done.synchronize()
-        return launched.tokens_R.tolist()
+        token_ids = launched.tokens_R.tolist()
+        if launched.logprobs_R is None:
+            return Sampled(token_ids=token_ids)
+        top = None
+        if launched.top_ids_RK is not None and launched.top_logprobs_RK is not None:
+            pairs = zip(
+                launched.top_ids_RK.tolist(), launched.top_logprobs_RK.tolist(), strict=True
+            )
+            top = [list(zip(ids, values, strict=True)) for ids, values in pairs]
+        return Sampled(token_ids=token_ids, logprobs=launched.logprobs_R.tolist(), top_logprobs=top)
 
     def close(self) -> None:
         """Wait for the device and give back what lies outside of it."""
         if self._is_cuda:
             torch.cuda.synchronize(self.weights.device)
-        self._executors.clear()
+        self._bound.clear()
+        self._largest = None
         self.store.close()
 
-    def _read_back(self, tokens_R: Tensor, is_captured: bool) -> Launched:
-        if not self._is_cuda:
-            return Launched(tokens_R=tokens_R.clone(), done=None, is_eager=False)
-        host_R = torch.empty(tokens_R.shape, dtype=tokens_R.dtype, pin_memory=True)
-        host_R.copy_(tokens_R, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        return Launched(tokens_R=host_R, done=done, is_eager=not is_captured)
+    def _read_back(self, bound: _Bound, count: int) -> Launched:
+        sampler, mode = bound.sampler, bound.sampler.mode
+        launched = Launched(
+            tokens_R=self._to_host(sampler.next_token_ids_R[:count]),
+            logprobs_R=self._to_host(sampler.logprobs_R[:count]) if mode.has_logprobs else None,
+            top_ids_RK=self._to_host(sampler.top_ids_RK[:count]) if mode.has_alternatives else None,
+            top_logprobs_RK=(
+                self._to_host(sampler.top_logprobs_RK[:count]) if mode.has_alternatives else None
+            ),
+            done=torch.cuda.Event() if self._is_cuda else None,
+            is_eager=self._is_cuda and not bound.batch.is_captured,
+        )
+        if launched.done is not None:
+            launched.done.record()
+        return launched
 
-    def _executor(self, key: str, num_logits: int) -> Executor:
-        found = self._executors.get((key, num_logits))
+    def _to_host(self, x_RX: Tensor) -> Tensor:
+        host_RX = torch.empty(x_RX.shape, dtype=x_RX.dtype, pin_memory=self._is_cuda)
+        return host_RX.copy_(x_RX, non_blocking=True)
+
+    def _bind(self, key: str, num_logits: int) -> _Bound:
+        found = self._bound.get((key, num_logits))
         if found is None:
             if self._largest is None:
                 rows = self.book.max_rows
                 largest = next(c for c in self.book.choices.values() if c.rows == rows)
-                self._largest = self._make(largest, rows, None)
+                self._largest = self._make(largest, rows, None).executor
                 for buffer in self._largest.buffers.named().values():
                     buffer.zero_()  # padding rows compute on what lies there: no NaN
             found = self._make(self.book.choices[key], num_logits, self._largest)
-            self._executors[key, num_logits] = found
+            self._bound[key, num_logits] = found
         return found
 
-    def _make(self, choice: Choice, num_logits: int, shares_with: Executor | None) -> Executor:
+    def _make(self, choice: Choice, num_logits: int, shares_with: Executor | None) -> _Bound:
         sizes = BatchSizes(
             num_logits=num_logits,
             max_chunks=self.sizes.max_chunks,
@@ -177,10 +209,6 @@ class ModelRunner:
         batch = StaticBatch.make(
             choice.schedule, sizes, self._last_tokens_N, is_captured=is_captured
         )
-
-        def make_sampler(weights: Weights, num_rows: int) -> Sampler:
-            return _SlotSampler(self._make_sampler(weights, num_rows), batch)
-
         executor = Executor(
             self.graph,
             self.weights,
@@ -188,11 +216,14 @@ class ModelRunner:
             batch,
             choice.schedule,
             self._resources_of(choice.schedule),
-            make_sampler,
+            make_sampler=None,
         ).prepare(shares_with)
         if is_captured:
             executor.capture()
-        return executor
+        sampler = TokenSampler(
+            self.weights, num_logits, table=self._table, slots_R=batch.logit_slots
+        )
+        return _Bound(executor, batch, sampler)
 
 
 def _no_resources(schedule: Schedule) -> Resources:

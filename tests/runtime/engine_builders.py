@@ -17,6 +17,7 @@ from nanoflow_tune.runtime.model_runner import ModelRunner
 from nanoflow_tune.runtime.op_graph import OpGraph
 from nanoflow_tune.runtime.plan import Bucket, Candidate, Plan, Timing
 from nanoflow_tune.runtime.plan_choice import PlanBook
+from nanoflow_tune.runtime.rank_runner import LeadingRunner, follow, step_group
 from nanoflow_tune.runtime.scheduler_records import SchedulerLimits
 from nanoflow_tune.runtime.sequence import (
     FinishEvent,
@@ -24,9 +25,11 @@ from nanoflow_tune.runtime.sequence import (
     SamplingParams,
     TokenEvent,
 )
+from nanoflow_tune.runtime.verify_rank import default_resources
 from nanoflow_tune.runtime.weights import random_weights
 from nanoflow_tune.search_spaces.loader import load_hardware
 
+torch.set_num_threads(1)  # small ops
 CPU = torch.device("cpu")
 MODEL = tiny_model(num_layers=2)
 ROWS = 64
@@ -144,7 +147,7 @@ def make_request(name, prompt, max_tokens, model=MODEL, **sampling):
     return GenerationRequest(
         request_id=name,
         prompt_token_ids=prompt,
-        sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, **sampling),
+        sampling=SamplingParams(**({"max_tokens": max_tokens, "temperature": 0.0} | sampling)),
     )
 
 
@@ -159,3 +162,27 @@ def generate_alone(weights, request, eos=(EOS,)):
         is_stop = generated[-1] in eos and not request.sampling.ignore_eos
         if is_stop or len(generated) == request.sampling.max_tokens:
             return generated
+
+
+def serve_on_rank(ctx, requests):
+    """A rank's part of a tensor-parallel engine; rank 0 returns the tokens by request."""
+    size = ctx.world_size
+    weights = random_weights(MODEL, rank=ctx.rank, tp_degree=size, device=CPU)
+    config, book = config_of(num_pages=30), book_of(tp_degree=size)
+    cache = PagedKvCache(MODEL, num_pages=30, device=CPU, tp_degree=size, rank=ctx.rank)
+    schedules = [choice.schedule for choice in book.choices.values()]
+    resources = default_resources(ctx, schedules)
+    runner = ModelRunner(
+        OpGraph.build(MODEL, size), weights, cache, book, config.runner_sizes, lambda _: resources
+    )
+    group = step_group()
+    if ctx.rank > 0:
+        follow(runner, group)
+        return {}
+    engine, collector = Engine(config, book, lambda: LeadingRunner(runner, group)), Collector()
+    engine.start()
+    for request in requests:
+        engine.submit(request, collector.on_event)
+    collector.wait([request.request_id for request in requests])
+    engine.close()
+    return {request.request_id: collector.tokens(request.request_id) for request in requests}

@@ -13,9 +13,11 @@ from engine_builders import (
     generate_alone,
     make_engine,
     make_request,
+    serve_on_rank,
 )
 
 from nanoflow_tune.runtime.engine_config import LatencyTarget
+from nanoflow_tune.runtime.launch import RankGroup
 from nanoflow_tune.runtime.sequence import RequestRejected
 from nanoflow_tune.runtime.weights import random_weights
 
@@ -203,6 +205,40 @@ def test_a_first_token_that_would_come_too_late_is_refused(weights):
     engine._thread = threading.current_thread()  # it never runs: the queue stays
     for index in range(3):
         engine.submit(make_request(f"r{index}", 90, 2), print)
-    with pytest.raises(RequestRejected, match="first token would come in about 6.00 s") as refused:
+    with pytest.raises(RequestRejected, match="first token would come in about 6") as refused:
         engine.submit(make_request("r3", 90, 2), print)
     assert (refused.value.status, refused.value.retry_after_s) == (429, 1.0)
+
+
+def test_sampling_follows_the_seed_whatever_else_is_in_the_batch(weights):
+    wishes = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 5}
+    alone = run_all(make_engine(weights=weights), [make_request("s", 10, 20, **wishes)])
+    among = [make_request(f"r{i}", 15, 12) for i in range(6)]
+    crowd = run_all(make_engine(weights=weights), [*among, make_request("s", 10, 20, **wishes)])
+    assert alone.tokens("s") == crowd.tokens("s")
+    assert alone.tokens("s") != generate_alone(weights, make_request("s", 10, 20))
+    for request in among:
+        assert crowd.tokens(request.request_id) == generate_alone(weights, request)
+
+
+def test_log_probabilities_come_to_those_who_ask(weights):
+    asked = make_request("asked", 10, 5, logprobs=3, ignore_eos=True)
+    chosen_only = make_request("chosen", 10, 5, logprobs=0, ignore_eos=True)
+    plain = make_request("plain", 10, 5, ignore_eos=True)
+    collector = run_all(make_engine(weights=weights), [asked, chosen_only, plain])
+    events = collector.events["asked"][:-1]
+    for event in events:
+        assert event.top_logprobs[0][0] == event.token_id
+        assert event.top_logprobs[0][1] == pytest.approx(event.logprob, abs=1e-5)
+        assert len(event.top_logprobs) == 3
+    assert all(e.logprob < 0 and not e.top_logprobs for e in collector.events["chosen"][:-1])
+    assert all(e.logprob is None for e in collector.events["plain"][:-1])
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_two_ranks_generate_what_one_does(weights, world_size):
+    requests = mixed_requests(12, seed=3)
+    with RankGroup(world_size) as ranks:
+        tokens = ranks.call(serve_on_rank, requests)
+    for request in requests:
+        assert tokens[0][request.request_id] == generate_alone(weights, request)

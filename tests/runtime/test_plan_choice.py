@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+from builders import tiny_model
+from engine_builders import MODEL, book_of, bucket
+
+from nanoflow_tune.runtime.op_graph import OpGraph
+from nanoflow_tune.runtime.plan_choice import PlanBook, step_sizes
+from nanoflow_tune.runtime.schedule import IllegalScheduleError
+
+GRAPH = OpGraph.build(MODEL)
+
+
+def test_a_full_step_like_the_bucket_runs_the_winner():
+    chosen = book_of().choose(32, 32, 24.0)
+    assert chosen.choice.schedule.name == "overlapped"
+    assert chosen.label == "overlapped (the plan's winner at 64 rows)"
+
+
+def test_small_steps_run_the_smallest_sequential_schedule_that_holds_them():
+    book = book_of()
+    assert book.sizes == (16, 32, 64)
+    chosen = book.choose(20, 0, 24.0)
+    assert (chosen.choice.rows, chosen.choice.schedule.name) == (32, "sequential")
+    assert "no bucket of 32 rows" in chosen.reason
+
+
+def test_a_step_far_from_every_bucket_runs_sequentially_and_says_how_far():
+    far_mix = book_of().choose(64, 0, 24.0)
+    assert far_mix.choice.schedule.name == "sequential"
+    assert "0.50 from the nearest bucket" in far_mix.reason
+    far_kv = book_of().choose(32, 32, 24.0 * 8)
+    assert far_kv.choice.schedule.name == "sequential"
+
+
+def test_the_nearest_of_several_buckets_is_chosen():
+    buckets = (bucket(GRAPH, 64, 32), bucket(GRAPH, 64, 64), bucket(GRAPH, 64, 32, context=96.0))
+    book = book_of(buckets=buckets)
+    assert book.choose(64, 0, 24.0).choice.key == "bucket 1"
+    assert book.choose(30, 34, 80.0).choice.key == "bucket 2"
+
+
+def test_a_remark_leaves_sequential_schedules_alone():
+    book = book_of(remark="made for another clock")
+    chosen = book.choose(32, 32, 24.0)
+    assert chosen.label == "sequential (made for another clock)"
+    assert all(choice.schedule.name == "sequential" for choice in book.choices.values())
+
+
+def test_more_rows_than_any_dense_batch_are_refused():
+    with pytest.raises(ValueError, match="larger than any dense batch"):
+        book_of().choose(65, 0, 1.0)
+
+
+def test_a_plan_of_another_model_is_refused():
+    with pytest.raises(IllegalScheduleError):
+        book_of(
+            tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2),
+            buckets=(bucket(GRAPH, 64, 32),),
+        )
+
+
+def test_without_a_plan_there_are_sequential_schedules_of_all_sizes():
+    kinds = {GRAPH.op(op).kind: "torch" for op in GRAPH.op_names}
+    book = PlanBook.without_plan(GRAPH, 200, kinds)
+    assert book.sizes == (16, 32, 64, 96, 128, 192, 200)
+    assert book.choose(100, 0, 5.0).choice.rows == 128
+
+
+def test_sizes_are_powers_of_two_and_halfway_between():
+    assert step_sizes(512, {320}) == (16, 32, 64, 96, 128, 192, 256, 320, 384, 512)
+
+
+def test_measured_times_scale_the_predicted_ones():
+    book = book_of()
+    assert book.step_s(64, {}) == pytest.approx(1e-3)
+    assert book.step_s(32, {}) == pytest.approx(0.5e-3)
+    assert book.step_s(32, {64: 4e-3}) == pytest.approx(2e-3)
+    assert book.rows_within(2.5e-3, {64: 4e-3}) == 32
+    assert book.rows_within(1e-9, {}) == 16
