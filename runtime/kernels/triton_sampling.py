@@ -110,6 +110,8 @@ def noisy_best(
     best_R = torch.empty(rows, dtype=torch.float32, device=logits_RV.device)
     columns_R = torch.empty(rows, dtype=torch.int64, device=logits_RV.device)
     _check(logits_RV, thresholds_R, temperatures_R, keys_R2)
+    if rows == 0:
+        return best_R, columns_R
     _noisy_best[(rows,)](
         logits_RV,
         thresholds_R,
@@ -133,6 +135,8 @@ def kept_mass(
     rows, vocab = logits_RV.shape
     out_R = torch.empty(rows, dtype=torch.float64, device=logits_RV.device)
     _check(logits_RV, thresholds_R, largest_R, scales_R)
+    if rows == 0:
+        return out_R
     _kept_mass[(rows,)](
         logits_RV,
         thresholds_R,

@@ -29,7 +29,7 @@ def make_sampler(logits_RV, params, seeds, *, rank=0, ranks=1, steps=0, vocab_si
             for slot, sampling, seed in zip(slots, params, seeds, strict=True)
         ]
     )
-    return TokenSampler(weights, rows, table=table, slots_R=torch.tensor(slots))
+    return TokenSampler(weights, rows, table=table, slots_R=torch.tensor(slots, dtype=torch.int64))
 
 
 def sample(ctx, logits_RV, params, seeds, modes):

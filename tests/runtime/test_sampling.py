@@ -232,6 +232,15 @@ def test_log_probabilities_are_those_of_the_model_before_any_truncation():
     assert torch.equal(sampler.top_ids_RK, best.indices)
 
 
+def test_a_step_that_predicts_nothing_samples_nothing():
+    logits = make_logits(1)[:0]
+    for mode in (mode_of(MIXED), mode_of(LONG_TAILS), mode_of([params(0.0, logprobs=3)])):
+        sampler = make_sampler(logits, [], [])
+        sampler.mode = mode
+        sampler(logits)
+        assert sampler.next_token_ids_R.shape == (0,)
+
+
 def test_a_slot_keeps_its_parameters_until_another_request_takes_it():
     table = SamplingTable(3, torch.device("cpu"))
     slots = torch.tensor([0, 1, 3])
