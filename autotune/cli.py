@@ -97,13 +97,13 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from .html import render
-    from .output_folder import read_document
+    from .output_folder import FILES, read_document
 
     if options.other is not None:
         return _compare(options)
     values = read_document(options.folder)
-    pictures = {name: options.folder / f"{name}.png" for name in ("timeline", "sm_curves")}
-    images = {name: path.read_bytes() for name, path in pictures.items() if path.exists()}
+    pictures = (options.folder / name for name in FILES if name.endswith(".png"))
+    images = {path.stem: path.read_bytes() for path in pictures if path.exists()}
     try:
         page = render(values, images)
     except (KeyError, TypeError) as err:

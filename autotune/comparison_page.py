@@ -93,7 +93,7 @@ def _schedule(difference: Mapping[str, Any]) -> str:
     if difference["same"]:
         return "<p>The same.</p>"
     facts = [
-        (name, str(difference[name][0]), str(difference[name][1]))
+        (name.replace("_", "-"), *(", ".join(map(_item, side)) for side in difference[name]))
         for name in ("nano_batches", "lanes")
         if difference[name][0] != difference[name][1]
     ]
@@ -111,6 +111,10 @@ def _schedule(difference: Mapping[str, Any]) -> str:
         ]
         parts.append(_table(("nano-op", "lane", "SMs", "kernel", "stage", "waits for"), rows))
     return "".join(parts)
+
+
+def _item(value: Any) -> str:  # noqa: ANN401 - a lane, or the rows of a nano-batch
+    return value if isinstance(value, str) else f"{value[0]}-{value[1]}"
 
 
 def _change(change: Sequence[Any] | None) -> str:

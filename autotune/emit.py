@@ -14,9 +14,11 @@ from .cost_model import CostModel
 from .document import document
 from .figures import sm_curves_png, timeline_png
 from .html import render
-from .op_table import curves
+from .op_table import curves, roof_points
 from .output_folder import DOCUMENT
+from .pair_figure import pairs_png
 from .report import Report
+from .roofline_figure import roofline_png
 from .simulator import simulate
 from .trace import Track, trace_json, track
 
@@ -31,7 +33,21 @@ class Pictures:
 
     timeline_png: bytes
     sm_curves_png: bytes
+    roofline_png: bytes | None
+    """None where every time is the datasheet's."""
+    pairs_png: bytes | None
+    """None where no pair was measured."""
     trace_json: str
+
+    def images(self) -> dict[str, bytes]:
+        """The pictures that there are, by name."""
+        drawn = {
+            "timeline": self.timeline_png,
+            "sm_curves": self.sm_curves_png,
+            "roofline": self.roofline_png,
+            "pairs": self.pairs_png,
+        }
+        return {name: png for name, png in drawn.items() if png is not None}
 
 
 def shown(bucket: Bucket) -> dict[str, Candidate]:
@@ -66,7 +82,7 @@ def play(bucket: Bucket, graph: OpGraph, cost_model: CostModel, mix: RowMix) -> 
 def draw(
     report: Report, graph: OpGraph, cost_model: CostModel, tracks: Mapping[str, Track]
 ) -> Pictures:
-    """The two figures and the trace of a report."""
+    """The figures and the trace of a report."""
     plan, bucket = report.plan, report.bucket
     job = f"{plan.model} on {plan.num_gpus} x {report.hardware.device_name}"
     batch = (
@@ -89,6 +105,21 @@ def draw(
             f"{', dashed: datasheet' if is_guessed else ''}; dots: measured; marks: nano-ops, on "
             "their own rows",
         ),
+        roofline_png=roofline_png(
+            roof_points(report.op_tables["winner"]),
+            report.hardware,
+            plan.dtype,
+            sustained_flops_per_s=report.gemm_peak.flops_per_s,
+            title=f"{job}: roofline",
+            subtitle="the winner's ops as they run in the plan; percent: of what peak and "
+            "bandwidth of the whole GPU allow at that intensity",
+        ),
+        pairs_png=pairs_png(
+            cost_model.profile.pairs if cost_model.profile else (),
+            title=f"Two kernels side by side on {report.hardware.device_name}",
+            subtitle="time beside the other / time alone on the same SMs, first | second; 1.00: no "
+            "slowdown; median where several kernels were measured",
+        ),
         trace_json=trace_json(list(tracks.values())),
     )
 
@@ -99,7 +130,7 @@ def write(report: Report, pictures: Pictures | None, folder: Path) -> None:
     values = document(report)
     images: dict[str, bytes] = {}
     if pictures is not None:
-        images = {"timeline": pictures.timeline_png, "sm_curves": pictures.sm_curves_png}
+        images = pictures.images()
         for name, png in images.items():
             (folder / f"{name}.png").write_bytes(png)
         (folder / "trace.json").write_text(pictures.trace_json, encoding="utf-8")

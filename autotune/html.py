@@ -13,6 +13,7 @@ from typing import Any
 
 from .document import lanes
 from .page_template import PAGE
+from .report_sections import energy_section, steps_section
 
 Cell = str | int | float | None
 
@@ -28,10 +29,14 @@ def render(values: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         _header(values),
         _figure("Timeline", images.get("timeline"), _TIMELINE_CAPTION),
         _race(values),
+        steps_section(values, _table),
         _bounds(values),
         _sensitivity(values.get("sensitivity")),
         _ops(values),
         _figure("Throughput against SM share", images.get("sm_curves"), _CURVES_CAPTION),
+        _figure("Roofline", images.get("roofline"), _ROOFLINE_CAPTION),
+        _figure("Two kernels side by side", images.get("pairs"), _PAIRS_CAPTION),
+        energy_section(values, _table),
         _verification(values),
         _provenance(values),
     ]
@@ -46,6 +51,15 @@ _TIMELINE_CAPTION = (
 _CURVES_CAPTION = (
     "Lines: the whole dense batch with the best kernel at each share. Marks: nano-ops as planned, "
     "on their own rows, so a mark of a split op lies off its line."
+)
+
+_ROOFLINE_CAPTION = (
+    "What compute peak and memory bandwidth allow, and what each op reaches. Collectives have no "
+    "place on it."
+)
+_PAIRS_CAPTION = (
+    "All measured pairs of the profile. What one of the two loses here is what overlap cannot give "
+    "back; plans price each pair with it."
 )
 
 

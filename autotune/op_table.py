@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from ..profiler.profile import Profile
-from ..runtime.op_graph import DENSE_GEMM_KINDS, Op, OpGraph, RowMix
+from ..runtime.op_graph import DENSE_GEMM_KINDS, Op, OpGraph, OpKind, RowMix
 from ..runtime.op_shapes import shape_numbers
 from ..runtime.plan import Schedule
 from ..runtime.schedule import row_mix
 from ..search_spaces.schema import HardwareSpec
 from .copy_transport import ops_as_run
 from .cost_model import CostModel
-from .figures import Chosen, Curve
+from .figures import SHORT, Chosen, Curve
+from .roofline_figure import RoofPoint
 from .trace import Bar
 
 
@@ -41,6 +43,11 @@ class OpRow:
     """While it runs beside its neighbours."""
     unit: str
     source: str
+    flops: float = 0.0
+    memory_bytes: float = 0.0
+    """Of device memory."""
+    joules: float = 0.0
+    """Alone on its SMs, one GPU; 0 without an energy model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,9 +131,29 @@ def op_rows(
                 throughput=reached,
                 unit=unit,
                 source=alone.source,
+                flops=op.flops(part),
+                memory_bytes=op.memory_bytes(part),
+                joules=alone.joules,
             )
         )
     return tuple(rows)
+
+
+def roof_points(rows: Iterable[OpRow]) -> tuple[RoofPoint, ...]:
+    """The ops of a schedule that have a place on a roofline, nano-ops of one op together."""
+    found: dict[str, RoofPoint] = {}
+    for row in rows:
+        if row.resource == "network" or row.source == "roofline":
+            continue  # a roofline says nothing about times that are from one
+        held = found.get(row.op)
+        found[row.op] = RoofPoint(
+            name=SHORT.get(row.op, row.op.replace("_", " ")),
+            kind=cast(OpKind, row.kind),
+            flops=row.flops + (held.flops if held else 0.0),
+            memory_bytes=row.memory_bytes + (held.memory_bytes if held else 0.0),
+            us=row.beside_us + (held.us if held else 0.0),
+        )
+    return tuple(found.values())
 
 
 def curves(

@@ -18,6 +18,8 @@ FILES = (
     "plan.yaml",
     "timeline.png",
     "sm_curves.png",
+    "roofline.png",
+    "pairs.png",
     "trace.json",
     "search.db",
     "report.html",

@@ -46,7 +46,7 @@ th:first-child, td:first-child, .text { text-align:left; }
 tr.winner td { font-weight:650; background:var(--card); }
 .facts td:last-child { text-align:left; white-space:normal; overflow-wrap:anywhere; }
 .facts td:first-child { color:var(--muted); }
-.words th, .words td { text-align:left; white-space:normal; overflow-wrap:anywhere; }
+.words th, .words td { text-align:left; white-space:normal; overflow-wrap:break-word; }
 details { margin:.5rem 0; } summary { cursor:pointer; color:var(--accent); padding:.2rem 0; }
 code { font-size:.92em; }
 </style>
