@@ -36,8 +36,9 @@ from .static_batch import BatchSizes, StaticBatch
 from .step import StepInputs
 from .weights import Weights
 
-LOGIT_STEPS = 8
-"""An executor has room for a multiple of 1 / 8 of its rows to predict tokens."""
+MANY_ROWS = 1024
+"""From here on an executor has room for eighths of its rows to predict tokens, below for halves:
+each room is a graph to capture, and the LM head costs little on few rows."""
 ResourcesOf = Callable[[Schedule], Resources]
 
 
@@ -233,5 +234,5 @@ def _no_resources(schedule: Schedule) -> Resources:
 
 def logit_room(rows: int, num_tokens: int) -> int:
     """Logit rows of the executor that runs a step with `num_tokens` tokens to predict."""
-    unit = max(1, rows // LOGIT_STEPS)
+    unit = max(1, rows // (8 if rows >= MANY_ROWS else 2))
     return min(rows, -(-max(1, num_tokens) // unit) * unit)

@@ -1,0 +1,302 @@
+"""Offline throughput of the engine: a plan's schedules against its sequential ones.
+
+    python benchmarks/offline.py --plan results/reports/llama3-8b-h200-tp1/plan.yaml \
+        --model llama3-8b --workload 512/512 --requests 2048
+    python benchmarks/offline.py --plan ... --model llama3-8b --workload sharegpt --requests 4000
+    python benchmarks/offline.py --plan ... --model llama3-8b --trace trace.csv
+    python benchmarks/offline.py --tiny                        on the CPU, with a tiny model
+
+All requests are known at the start and run to their full lengths; the whole run counts, ramps
+included. Lengths are constant, log-normal with a workload's moments (ShareGPT, LMSYS, Splitwise as
+in table 4 of arXiv 2408.12757), or those of a CSV with the columns ContextTokens and
+GeneratedTokens.
+`--books` is the ablation: `sequential`, `nano_only` (split, one lane), `overlapped` (the best one),
+`winner` (the plan as it is), `offload` (the winner, finished requests' pages kept). Every row has
+tokens/s, joules/token, watts and clocks. Percent of optimal is 2 P FLOPs a token at the sustained
+GEMM peak that the profile measured, and at the datasheet's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ab import recorded_command
+from figures import FIGURES, FigureRow, spread_of, summary, write_figures
+from tiny_serving import tiny_model, tiny_plan
+from traffic import plan_traffic
+
+from nanoflow_tune.autotune.op_table import gemm_peak
+from nanoflow_tune.autotune.provenance import commit as this_commit
+from nanoflow_tune.profiler.serving_run import Contender, ServingCase, ServingRun, run_contenders
+from nanoflow_tune.profiler.store import load_profile, profile_files
+from nanoflow_tune.runtime.launch import RankGroup
+from nanoflow_tune.runtime.op_graph import OpGraph
+from nanoflow_tune.runtime.plan import Bucket, NanoOp, Plan, Schedule
+from nanoflow_tune.runtime.plan_choice import PlanBook
+from nanoflow_tune.runtime.plan_io import load_plan
+from nanoflow_tune.search_spaces.loader import load_hardware, load_model, load_workload
+
+BOOKS = ("sequential", "nano_only", "overlapped", "winner", "offload")
+OFFLOADED_PAGES = 65_536
+TINY_ROWS, TINY_PAGES = 64, 400
+REACHES = {
+    ("llama3-8b", 1): {"e2e": ("e2e_8b", ">= 0.99"), "opt": "opt_8b", "tok": "tok_8b"},
+    ("llama2-70b", 2): {
+        "e2e": ("e2e_70b_tp2", ">= 1.00"),
+        "opt": "opt_70b_tp2",
+        "tok": "tok_70b_tp2",
+    },
+}
+LIMITS = {
+    ("opt_8b", "1024/512"): ">= 64",
+    ("tok_8b", "512/512"): ">= 28000",
+    ("opt_70b_tp2", "512/512"): ">= 76",
+    ("tok_70b_tp2", "512/512"): ">= 3700",
+}
+"""What is asked, of the workload that it is asked of."""
+
+
+def trace_lengths(path: Path, max_tokens: int, limit: int) -> list[tuple[int, int]]:
+    """Prompt and generated tokens of the first `limit` requests of a trace that fit the model.
+
+    Raises:
+        ValueError: a column is missing, a number is none, or nothing fits.
+    """
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = csv.DictReader(file)
+        missing = {"ContextTokens", "GeneratedTokens"} - set(lines.fieldnames or ())
+        if missing:
+            raise ValueError(f"{path} must have the column(s) {', '.join(sorted(missing))}")
+        lengths = [(int(line["ContextTokens"]), int(line["GeneratedTokens"])) for line in lines]
+    fitting = [(p, d) for p, d in lengths if p > 0 and d > 0 and p + d <= max_tokens][:limit]
+    if not fitting:
+        raise ValueError(f"{path} has no request of at most {max_tokens} tokens")
+    return fitting
+
+
+def workload_lengths(
+    name: str, num_requests: int, max_tokens: int, seed: int
+) -> list[tuple[int, int]]:
+    """Lengths with a workload's moments."""
+    planned = plan_traffic(
+        load_workload(name),
+        num_requests=num_requests,
+        rate_per_s=math.inf,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    return [(request.prompt_tokens, request.decode_tokens) for request in planned]
+
+
+def contender(name: str, graph: OpGraph, plan: Plan, gpu: str) -> Contender:
+    """A book of the ablation."""
+    hardware = load_hardware(gpu)
+    if name == "sequential":
+        return Contender(
+            name=name, book=PlanBook.from_plan(graph, plan, hardware, "sequential alone")
+        )
+    changed = replace(plan, buckets=tuple(_winning(bucket, name, graph) for bucket in plan.buckets))
+    return Contender(
+        name=name,
+        book=PlanBook.from_plan(graph, changed, hardware),
+        offload_host_pages=OFFLOADED_PAGES if name == "offload" else 0,
+    )
+
+
+def _winning(bucket: Bucket, name: str, graph: OpGraph) -> Bucket:
+    if name in ("winner", "offload"):
+        return bucket
+    if name == "overlapped":
+        return replace(bucket, winner=bucket.best_overlapped)
+    split = nano_only(bucket.best_overlapped.schedule, bucket.sequential.schedule, graph)
+    winner = replace(bucket.sequential, schedule=split, measured=None)
+    return replace(bucket, winner=winner)
+
+
+def nano_only(overlapped: Schedule, sequential: Schedule, graph: OpGraph) -> Schedule:
+    """The overlapped schedule's nano-batches, one after the other with the sequential kernels."""
+    by_op: dict[str, NanoOp] = {nano_op.op: nano_op for nano_op in sequential.nano_ops}
+    nano_ops = tuple(
+        replace(by_op[op], tokens=nano_batch.tokens)
+        for op in graph.op_names
+        for nano_batch in overlapped.nano_batches
+    )
+    return replace(overlapped, name="nano_only", nano_ops=nano_ops)
+
+
+def percent_of_optimal(run: ServingRun, num_parameters: int, flops_per_s: float) -> float:
+    """2 P FLOPs a token at a GEMM rate, against the time that the run took."""
+    return 100 * 2 * num_parameters * run.tokens_per_s / (run.num_gpus * flops_per_s)
+
+
+def table_row(run: ServingRun, peaks: dict[str, float], num_parameters: int) -> dict[str, object]:
+    """All of one run, for the table and the JSON line."""
+    stats = run.stats
+    return {
+        "book": run.name,
+        "tokens_per_s_per_gpu": round(run.tokens_per_s / run.num_gpus, 1),
+        "joules_per_token": _known(run.joules_per_token, 5),
+        "watts": _known(run.watts, 1),
+        "sm_clock_mhz": _known(run.sm_clock_mhz, 0),
+        **{
+            f"percent_of_{name}": round(percent_of_optimal(run, num_parameters, peak), 2)
+            for name, peak in peaks.items()
+        },
+        "elapsed_s": round(run.elapsed_s, 3),
+        "steps": stats.steps_total,
+        "eager_steps": stats.eager_steps_total,
+        "padding_rows": stats.padding_rows_total,
+        "preemptions": stats.preemptions_total,
+        "host_s": round(stats.host_s_total, 3),
+        "last_plan": stats.plan_in_use,
+    }
+
+
+def _known(value: float, digits: int) -> float | None:
+    return None if math.isnan(value) else round(value, digits)
+
+
+def figure_rows(
+    runs: Sequence[ServingRun],
+    case: ServingCase,
+    workload: str,
+    peak_flops_per_s: float,
+    origin: dict[str, str],
+) -> list[FigureRow]:
+    """Figures of a model that the table asks for; ratios are formed within each round."""
+    known = REACHES.get((case.model.name, case.tp_degree))
+    if known is None:
+        return []
+    by_name: dict[str, list[ServingRun]] = {}
+    for run in runs:
+        by_name.setdefault(run.name, []).append(run)
+    label = f"{workload}, {len(case.lengths)} requests"
+    rows: list[FigureRow] = []
+
+    def add(figure_id: str, values: list[float], unit: str, reach: str, name: str) -> None:
+        rows.append(
+            FigureRow(
+                id=figure_id,
+                case=f"{label}, {name}",
+                value=statistics.median(values),
+                unit=unit,
+                reach=reach,
+                spread=spread_of(values),
+                **origin,
+            )
+        )
+
+    e2e_id, e2e_reach = known["e2e"]
+    base = by_name.get("sequential", [])
+    for name, mine in by_name.items():
+        rates = [run.tokens_per_s / run.num_gpus for run in mine]
+        shares = [
+            percent_of_optimal(run, case.model.num_active_parameters, peak_flops_per_s)
+            for run in mine
+        ]
+        is_asked = name == "winner"
+        for kind, values, unit in (("opt", shares, "%"), ("tok", rates, "tok/s/GPU")):
+            figure_id = str(known[kind])
+            reach = LIMITS.get((figure_id, workload), "") if is_asked else ""
+            add(figure_id, values, unit, reach, name)
+        if name != "sequential" and base:
+            ratios = [a.tokens_per_s / b.tokens_per_s for a, b in zip(mine, base, strict=True)]
+            add(e2e_id, ratios, "x", e2e_reach if is_asked else "", name)
+    return rows
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/offline.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--tiny", action="store_true", help="a tiny model on the CPU, one rank")
+    add("--plan", type=Path)
+    add("--model", help="default: the plan's")
+    add("--gpu", default="h200", help="hardware spec (%(default)s)")
+    add("--workload", default="512/512", help="a name, or PROMPT/DECODE (%(default)s)")
+    add("--trace", type=Path, metavar="CSV", help="lengths of a trace instead")
+    add("--requests", type=int, default=2048, help="(%(default)s)")
+    add("--max-model-len", type=int, help="longer requests are cut or left out (the model's)")
+    add("--books", default="sequential,winner", help=f"of {', '.join(BOOKS)} (%(default)s)")
+    add("--rounds", type=int, default=1, help="interleaved runs of each book (%(default)s)")
+    add("--num-pages", type=int, help="of the KV cache (default: what fits)")
+    add("--profile", type=Path, default=Path("results/profiles/h200"), help="for the GEMM peak")
+    add("--seed", type=int, default=0)
+    add("--commit", default="", help="of the source; default: git's")
+    add("--out", type=Path, default=FIGURES, help="figures, rows replaced; on a GPU only")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    names = options.books.split(",")
+    if set(names) - set(BOOKS):
+        parser.error(f"--books must be of {', '.join(BOOKS)}, but got {options.books}")
+    if options.tiny == (options.plan is not None):
+        parser.error("give --plan, or --tiny for a try on the CPU")
+    hardware = load_hardware(options.gpu)
+    if options.tiny:
+        model = tiny_model()
+        plan = tiny_plan(OpGraph.build(model), TINY_ROWS)
+    else:
+        plan = load_plan(options.plan)
+        model = load_model(options.model or plan.model)
+    graph = OpGraph.build(model, plan.num_gpus)
+    longest = options.max_model_len or model.max_position_embeddings
+    lengths = (
+        trace_lengths(options.trace, longest, options.requests)
+        if options.trace
+        else workload_lengths(options.workload, options.requests, longest, options.seed)
+    )
+    case = ServingCase(
+        model=model,
+        hardware=hardware,
+        tp_degree=plan.num_gpus,
+        lengths=tuple(lengths),
+        page_size=plan.page_size,
+        num_pages=options.num_pages or (TINY_PAGES if options.tiny else None),
+        seed=options.seed,
+    )
+    contenders = [contender(name, graph, plan, options.gpu) for name in names]
+    with RankGroup(case.tp_degree, device="cpu" if options.tiny else "cuda") as ranks:
+        runs = ranks.call(run_contenders, case, contenders, options.rounds)[0]
+    profile = None if options.tiny else load_profile(profile_files(options.profile))
+    peak = gemm_peak(profile, hardware, model.torch_dtype) if not options.tiny else None
+    peaks = {}
+    if peak is not None:
+        peaks = {"optimal": peak.flops_per_s, "datasheet": hardware.peak(model.torch_dtype)}
+        print(f"optimal: {peak.flops_per_s / 1e12:.0f} TFLOP/s, {peak.source}", file=sys.stderr)
+    table = [table_row(run, peaks, model.num_active_parameters) for run in runs]
+    for row in table:
+        print(", ".join(f"{name} {value}" for name, value in row.items()), file=sys.stderr)
+    if peak is not None:
+        from nanoflow_tune.autotune.gpu_stage import find_devices
+
+        origin = {
+            "command": recorded_command("offline", arguments or sys.argv[1:]),
+            "commit": options.commit or this_commit(),
+            "gpu": find_devices().name,
+            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        }
+        workload = options.trace.stem if options.trace else options.workload
+        rows = figure_rows(runs, case, workload, peak.flops_per_s, origin)
+        write_figures(rows, options.out)
+        print(summary(rows))
+    print(json.dumps(table, separators=(",", ":")))
+
+
+if __name__ == "__main__":
+    main()

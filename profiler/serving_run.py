@@ -1,0 +1,319 @@
+"""Offline runs of the engine: all requests at once, plan books side by side, joules counted.
+
+Runs on every tensor-parallel rank (module-level functions for `runtime.launch.RankGroup`): rank 0
+holds the engine, the others follow. Weights and cache stay between runs, so that books that are
+compared meet the same model on the same warm card.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..runtime.device import device_resources
+from ..runtime.engine import Engine
+from ..runtime.engine_config import EngineConfig
+from ..runtime.executor import Resources
+from ..runtime.kv_cache import PagedKvCache
+from ..runtime.launch import RankContext
+from ..runtime.model_runner import ModelRunner
+from ..runtime.op_graph import OpGraph
+from ..runtime.plan import Schedule
+from ..runtime.plan_choice import PlanBook
+from ..runtime.rank_runner import LeadingRunner, follow, step_group
+from ..runtime.scheduler_records import SchedulerLimits
+from ..runtime.sequence import EngineStats, Event, FinishEvent, GenerationRequest, SamplingParams
+from ..runtime.verify_rank import default_resources
+from ..runtime.weights import Weights, random_weights
+from ..search_spaces.schema import HardwareSpec, ModelSpec
+from .power import PowerMeter
+
+RESERVED_BYTES = 8 << 30
+"""Of a GPU's memory, for activations, logits, graphs and libraries."""
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingCase:
+    """A model on some GPUs, and the requests it gets."""
+
+    model: ModelSpec
+    hardware: HardwareSpec
+    tp_degree: int
+    lengths: tuple[tuple[int, int], ...]
+    """Prompt and generated tokens of each request, all known at the start."""
+    page_size: int = 16
+    num_pages: int | None = None
+    """Of the cache; None: what fits the GPU."""
+    seed: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens in all."""
+        return sum(prompt + generated for prompt, generated in self.lengths)
+
+    @property
+    def max_model_len(self) -> int:
+        """Of the longest request."""
+        return max(prompt + generated for prompt, generated in self.lengths)
+
+    @property
+    def expected_decode_tokens(self) -> float:
+        """Mean generated length."""
+        return statistics.mean(generated for _, generated in self.lengths)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """A plan book that is to be run."""
+
+    name: str
+    book: PlanBook
+    offload_host_pages: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingRun:
+    """One whole run, ramps included; watts and clocks are means of this rank's GPU."""
+
+    name: str
+    elapsed_s: float
+    num_tokens: int
+    num_gpus: int
+    joules: float
+    """Of all GPUs; nan without a counter."""
+    watts: float
+    sm_clock_mhz: float
+    stats: EngineStats
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Prompt and generated tokens, all GPUs."""
+        return self.num_tokens / self.elapsed_s
+
+    @property
+    def joules_per_token(self) -> float:
+        """All GPUs; nan without a counter."""
+        return self.joules / self.num_tokens
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """What stays on a rank between runs."""
+
+    key: tuple[ModelSpec, int, int]
+    weights: Weights
+    cache: PagedKvCache
+    group: Any
+
+
+@dataclass(slots=True)
+class _Meter:
+    """Joules, watts and clocks of the enclosed time; nan on a CPU."""
+
+    device_index: int | None
+    joules: float = float("nan")
+    watts: float = float("nan")
+    sm_clock_mhz: float = float("nan")
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def measure(self, body: Any) -> None:  # noqa: ANN401 - a function without arguments
+        """Run `body` and read the GPU meanwhile."""
+        if self.device_index is None:
+            body()
+            return
+        meter = PowerMeter(self.device_index)
+        clocks: list[float] = []
+
+        def watch() -> None:
+            while not self._stop.wait(_POLL_S):
+                clocks.append(meter.sm_clock_mhz)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        with meter:
+            body()
+        self._stop.set()
+        watcher.join()
+        self.joules, self.watts = meter.joules, meter.watts
+        self.sm_clock_mhz = statistics.mean(clocks) if clocks else meter.sm_clock_mhz
+
+
+def run_contenders(
+    ctx: RankContext, case: ServingCase, contenders: Sequence[Contender], rounds: int
+) -> list[ServingRun]:
+    """Serve the case with each book, in `rounds` interleaved rounds; empty on ranks above 0."""
+    loaded = _load(ctx, case)
+    runs: list[ServingRun] = []
+    for _ in range(rounds):
+        for contender in contenders:
+            meter = _Meter(ctx.rank if ctx.device.startswith("cuda") else None)
+            if ctx.rank > 0:
+                runner = _runner(ctx, case, loaded, contender)
+                meter.measure(lambda runner=runner: follow(runner, loaded.group))
+            else:
+                runs.append(_lead(ctx, case, loaded, contender, meter))
+            _add_joules(ctx, meter, runs)
+    return runs
+
+
+def _add_joules(ctx: RankContext, meter: _Meter, runs: list[ServingRun]) -> None:
+    """Sum the ranks' joules into the last run of rank 0."""
+    if ctx.world_size > 1:
+        import torch.distributed as dist
+
+        box: list[float] = [0.0] * ctx.world_size
+        dist.all_gather_object(box, meter.joules)
+        if runs:
+            runs[-1] = replace(runs[-1], joules=sum(box))
+
+
+def _load(ctx: RankContext, case: ServingCase) -> _Loaded:
+    key = (case.model, case.tp_degree, case.seed)
+    loaded: _Loaded | None = ctx.state.get("serving")
+    if loaded is not None and loaded.key == key:
+        return loaded
+    device = torch.device(ctx.device)
+    weights = random_weights(
+        case.model,
+        rank=ctx.rank,
+        tp_degree=case.tp_degree,
+        device=device,
+        seed=case.seed,
+        sharded_exactly=device.type == "cpu",
+    )
+    cache = PagedKvCache(
+        case.model,
+        num_pages=case.num_pages or _agreed_pages(ctx, case),
+        device=device,
+        tp_degree=case.tp_degree,
+        rank=ctx.rank,
+        page_size=case.page_size,
+    )
+    group = step_group() if ctx.world_size > 1 else None
+    ctx.state["serving"] = _Loaded(key, weights, cache, group)
+    return ctx.state["serving"]
+
+
+def _agreed_pages(ctx: RankContext, case: ServingCase) -> int:
+    """Pages that fit the fullest GPU."""
+    if ctx.device == "cpu":
+        raise ValueError("`num_pages` must be given on a CPU, where no memory limit is known")
+    free, _ = torch.cuda.mem_get_info()
+    page_bytes = case.model.kv_bytes_per_token * case.page_size // case.tp_degree
+    counts = [(free - RESERVED_BYTES) // page_bytes]
+    if ctx.world_size > 1:
+        import torch.distributed as dist
+
+        box: list[int] = [0] * ctx.world_size
+        dist.all_gather_object(box, counts[0])
+        counts = box
+    return min(counts)
+
+
+def _config(case: ServingCase, loaded: _Loaded, contender: Contender) -> EngineConfig:
+    num_pages = loaded.cache.num_free_pages
+    return EngineConfig(
+        model_name=case.model.name,
+        vocab_size=case.model.vocab_size,
+        limits=SchedulerLimits(
+            max_model_len=case.max_model_len,
+            max_running=min(contender.book.max_rows, len(case.lengths)),
+            max_waiting=len(case.lengths),
+            expected_decode_tokens=case.expected_decode_tokens,
+        ),
+        num_pages=num_pages,
+        page_size=case.page_size,
+        offload_host_pages=contender.offload_host_pages,
+        page_bytes=case.model.kv_bytes_per_token * case.page_size,
+    )
+
+
+def _runner(
+    ctx: RankContext, case: ServingCase, loaded: _Loaded, contender: Contender
+) -> ModelRunner:
+    graph = OpGraph.build(case.model, case.tp_degree)
+
+    def resources_of(schedule: Schedule) -> Resources:
+        if ctx.device == "cpu":
+            return default_resources(ctx, [schedule])
+        return device_resources(ctx, graph, case.hardware, [schedule])
+
+    runner = ModelRunner(
+        graph,
+        loaded.weights,
+        loaded.cache,
+        contender.book,
+        _config(case, loaded, contender).runner_sizes,
+        resources_of,
+    )
+    if ctx.device != "cpu":
+        runner.warm_up()
+    return runner
+
+
+def _lead(
+    ctx: RankContext, case: ServingCase, loaded: _Loaded, contender: Contender, meter: _Meter
+) -> ServingRun:
+    def make_runner() -> ModelRunner | LeadingRunner:
+        if ctx.device != "cpu":
+            torch.cuda.set_device(ctx.rank)  # of this thread
+        runner = _runner(ctx, case, loaded, contender)
+        return LeadingRunner(runner, loaded.group) if ctx.world_size > 1 else runner
+
+    engine = Engine(_config(case, loaded, contender), contender.book, make_runner)
+    engine.start()
+    done = threading.Semaphore(0)
+    failures: list[str] = []
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, FinishEvent):
+            if event.reason != "length":
+                failures.append(f"{event.request_id} ended with {event.reason}: {event.message}")
+            done.release()
+
+    requests = _requests(case)
+    elapsed: list[float] = []
+
+    def serve() -> None:
+        began_s = time.perf_counter()
+        for request in requests:
+            engine.submit(request, on_event)
+        for _ in requests:
+            done.acquire()
+        elapsed.append(time.perf_counter() - began_s)
+
+    meter.measure(serve)
+    engine.close()
+    if failures:
+        raise RuntimeError(f"{len(failures)} requests were not served whole: {failures[0]}")
+    return ServingRun(
+        name=contender.name,
+        elapsed_s=elapsed[0],
+        num_tokens=case.num_tokens,
+        num_gpus=case.tp_degree,
+        joules=meter.joules,
+        watts=meter.watts,
+        sm_clock_mhz=meter.sm_clock_mhz,
+        stats=engine.stats,
+    )
+
+
+def _requests(case: ServingCase) -> list[GenerationRequest]:
+    """Random prompts that run to their full length."""
+    rng = np.random.default_rng(case.seed)
+    return [
+        GenerationRequest(
+            request_id=str(index),
+            prompt_token_ids=tuple(rng.integers(0, case.model.vocab_size, prompt).tolist()),
+            sampling=SamplingParams(max_tokens=generated, temperature=0.0, ignore_eos=True),
+        )
+        for index, (prompt, generated) in enumerate(case.lengths)
+    ]
