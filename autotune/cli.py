@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tune(options: argparse.Namespace) -> int:
+    if options.dry_run:
+        return _dry_run(options)
     from .document import document
     from .tune import tune
 
@@ -50,6 +52,19 @@ def _tune(options: argparse.Namespace) -> int:
     values = document(report)
     _show(values, is_json_only=options.json)
     return NOT_VERIFIED if values["verified"] is False else DONE
+
+
+def _dry_run(options: argparse.Namespace) -> int:
+    from .dry_run import dry_run
+
+    values = dry_run(_tune_options(options), _say)
+    if not options.json:
+        for name, value in values.items():
+            if name != "dry_run" and value not in (None, []):
+                text = "; ".join(value) if isinstance(value, list) else value
+                print(f"{name.replace('_', ' '):<20} {text}")
+    print(json.dumps(values, separators=(",", ":")))
+    return DONE
 
 
 def _tune_options(options: argparse.Namespace) -> Any:  # noqa: ANN401

@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     models = verbs.add_parser("models", help="list the shipped models, GPUs and workloads")
     models.add_argument("--gpu", default="h200", help="say how many of these each model needs")
     _add_output_flags(models)
-    add_tool_parsers(verbs)
+    add_tool_parsers(parser, verbs)
     return parser
 
 

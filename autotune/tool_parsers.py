@@ -10,14 +10,57 @@ from .export_facts import PDMUX_DEFAULT_GROUPS
 
 TARGETS = ("sglang", "vllm", "schema")
 DEFAULT_TPOT_MS = 50.0
+LISTS = {"models": "models", "gpus": "hardware", "workloads": "workloads"}
+"""Folder of search_spaces/ behind each --list flag."""
+_JOB_EXAMPLES = """examples:
+  nanoflow-tune --model llama3-8b
+  nanoflow-tune --model ./my-model/config.json --num-gpus 2 --workload 1024/256
+  nanoflow-tune --model llama2-70b --dry-run"""
 SCHEDULES = ("winner", "sequential", "best_overlapped")
 
 
-def add_tool_parsers(verbs: Any) -> None:  # noqa: ANN401 - argparse gives it no public name
-    """Add the verbs to the command line's."""
+def add_tool_parsers(parser: argparse.ArgumentParser, verbs: Any) -> None:  # noqa: ANN401
+    """Add lists and dry runs to the command line, and the verbs around the job.
+
+    Args:
+        parser: of the main job.
+        verbs: its sub-parsers, to which argparse gives no public name.
+    """
+    for kind, folder in LISTS.items():
+        parser.add_argument(
+            f"--list-{kind}",
+            action=_ListNames,
+            nargs=0,
+            const=folder,
+            help=f"print the shipped {kind}, one a line, and exit",
+        )
+    for job in (parser, verbs.choices["search"]):
+        job.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="check the input, say what would be done and where, and exit",
+        )
+        job.formatter_class = argparse.RawDescriptionHelpFormatter
+        job.epilog = "\n\n".join(filter(None, [_JOB_EXAMPLES, job.epilog]))
     _add_report(verbs)
     _add_export(verbs)
     _add_check_env(verbs)
+
+
+class _ListNames(argparse.Action):
+    """Prints the names of a folder of shipped specs and exits."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        from ..search_spaces.loader import known
+
+        print("\n".join(known(self.const)))
+        parser.exit()
 
 
 def _add_report(verbs: Any) -> None:  # noqa: ANN401
