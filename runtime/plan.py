@@ -221,8 +221,9 @@ class BreakEven:
     largest_tokens: int
     """Most rows that were looked at; what memory does not hold was not."""
     tokens: int | None = None
-    """An overlapped plan wins at this size and at all larger ones; None: at no size, or not at
-    the largest."""
+    """An overlapped plan wins at this size and at all larger ones; None: not at the largest."""
+    wins_at: tuple[int, ...] = ()
+    """Buckets that an overlapped plan wins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

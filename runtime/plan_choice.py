@@ -15,7 +15,7 @@ from ..search_spaces.schema import HardwareSpec
 from .legality import check
 from .op_graph import OpGraph, OpKind
 from .plan import Bucket, NanoBatch, NanoOp, Plan, Schedule
-from .plan_lookup import distance, nearest
+from .plan_lookup import distance, holds, nearest
 
 SMALLEST_ROWS = 16
 MAX_DISTANCE = 0.25
@@ -179,6 +179,9 @@ class PlanBook:
         away = distance(bucket, fraction, mean_kv_len)
         if away > MAX_DISTANCE:
             said = f"mix and KV length are {away:.2f} from the nearest bucket"
+            return Chosen(choice=sequential, reason=said)
+        if not holds(bucket, away):
+            said = f"the winner's gain is too small {away:.2f} from its bucket"
             return Chosen(choice=sequential, reason=said)
         index = next(i for i, b in enumerate(self._plan.buckets) if b is bucket)
         return Chosen(choice=self._winners[index], reason=f"the plan's winner at {size} rows")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nanoflow_tune.runtime.legality import check
 from nanoflow_tune.runtime.op_graph import OpGraph
 from nanoflow_tune.runtime.plan import Bucket, Candidate, Plan, Timing
-from nanoflow_tune.runtime.plan_lookup import bucket_for, bucket_sizes, nearest, with_decodes
+from nanoflow_tune.runtime.plan_lookup import bucket_for, bucket_sizes, holds, nearest, with_decodes
 
 GRAPH = OpGraph.build(tiny_model())
 SIZES = (128, 256, 512, 1024)
@@ -109,6 +109,16 @@ def test_of_equally_near_points_the_plans_first_is_taken():
 def test_a_step_that_no_bucket_holds_is_refused(decodes, prefills, message):
     with pytest.raises(ValueError, match=message):
         bucket_for(BOOK, decodes, prefills, 512.0)
+
+
+def test_a_small_gain_does_not_hold_far_from_its_bucket():
+    bucket = _bucket(128, 64, 512.0)
+    assert holds(bucket, 0.0)
+    assert not holds(bucket, 0.01)
+    faster = Timing(period_us=1 / 1.07, source="predicted")
+    bucket = replace(bucket, winner=replace(bucket.winner, predicted=faster))
+    assert holds(bucket, 0.19)
+    assert not holds(bucket, 0.21)
 
 
 def test_decode_rows_keep_the_row_order_of_the_schedule():
