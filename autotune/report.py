@@ -93,9 +93,12 @@ def verdict(report: Report) -> str:
     how = _how_it_is_known(report)
     if report.is_sequential:
         ratio = sequential_us / overlapped_us
+        so = "so overlap does not pay here"
+        if ratio > 1:
+            so = "too small a lead to be trusted, so the simpler plan is kept"
         text = (
             f"Run the sequential plan: {_ms(sequential_us)} an iteration. The best overlapped plan "
-            f"takes {_ms(overlapped_us)} ({ratio:.3f}x), so overlap does not pay here; {how}."
+            f"takes {_ms(overlapped_us)} ({ratio:.3f}x), {so}; {how}."
         )
         return text + _power_doubt(report, "expect it to take longer")
     won_us = report.timing(bucket.winner).period_us

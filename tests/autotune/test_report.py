@@ -126,6 +126,14 @@ def test_sequential_winner_is_said_with_the_overlapped_beside_it(measured):
     assert text.endswith("measured.")
 
 
+def test_a_lead_within_the_margin_is_not_called_a_loss(graph):
+    sequential = fakes.candidate(fakes.sequential(graph), 66_000.0)
+    overlapped = fakes.candidate(fakes.overlapped(graph), 65_500.0)
+    text = verdict(make_report(sequential, overlapped, "sequential"))
+    assert "too small a lead to be trusted" in text
+    assert "does not pay" not in text
+
+
 def test_prediction_is_never_called_measured(predicted):
     values = document(predicted)
     assert "predicted from the shipped h200 profile, not measured" in values["verdict"]
