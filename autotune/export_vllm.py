@@ -7,6 +7,7 @@ collectives fused into GEMMs where the plan book knows from which size on hiding
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -57,7 +58,7 @@ def export_vllm(
     gain = bucket.sequential.predicted.period_us / candidate.predicted.period_us
     document: dict[str, Any] = {
         "format": VLLM_ARGUMENTS.header(),
-        "command": " ".join(["vllm", "serve", "MODEL", *_words(arguments)]),
+        "command": shlex.join(["vllm", "serve", "MODEL", *_words(arguments)]),
         "arguments": arguments,
         "reasons": reasons,
         "left_out": left_out,
