@@ -30,6 +30,8 @@ ResultT = TypeVar("ResultT")
 
 _PACKAGE = __name__.partition(".")[0]
 _PARENT_POLL_S = 0.5
+_LONGEST_WAIT_S = 86400.0
+"""The system's poll takes no more than some weeks at a time; calls may take longer."""
 _GRACE_S = 5.0
 """After one rank failed, the others have this long to finish before they are ended."""
 
@@ -161,7 +163,10 @@ class RankGroup:
         failed: tuple[int, _Failure] | None = None
         deadline = time.monotonic() + self.timeout_s
         while waiting:
-            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            left_s = max(0.0, deadline - time.monotonic())
+            ready = wait(list(waiting), timeout=min(left_s, _LONGEST_WAIT_S))
+            if not ready and left_s > _LONGEST_WAIT_S:
+                continue
             if not ready:
                 break
             for pipe in ready:

@@ -3,7 +3,7 @@
     nanoflow-serve --plan plan.yaml --weights DIR
 
 The API key, where one is wanted, comes from NANOFLOW_API_KEY or a file: arguments can be seen by
-every user of the machine. The URL is the only line on stdout, printed when requests are taken.
+every user of the machine. The URL is printed when requests are taken.
 Exit codes: 0 shut down as asked (SIGTERM, SIGINT), 1 crash, 2 bad input.
 """
 
@@ -16,9 +16,15 @@ import ipaddress
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .chat_text import ChatText
+    from .engine import Engine
+    from .serving_setup import RankSetting
 
 DONE, CRASH, BAD_INPUT = 0, 1, 2
 KEY_VARIABLE = "NANOFLOW_API_KEY"
@@ -113,14 +119,34 @@ def api_key(file: Path | None, variable: str | None) -> str | None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from .chat_text import load_chat_text
-    from .http_server import HttpServer
-    from .openai_api import ApiOptions, OpenAiApi
-    from .serving_setup import ServingOptions, build_engine
+    from .launch import RankContext
 
     key = api_key(options.api_key_file, os.environ.get(KEY_VARIABLE))
     if key is None and not _is_loopback(options.host):
         _say(f"anybody who reaches {options.host} may use this server: set {KEY_VARIABLE}")
+    setting, text = read_inputs(options, say=_say)
+    if text is None:
+        _say("there is no tokenizer: prompts must be token ids, and so are the answers")
+    if setting.num_gpus > 1:
+        from .serving_ranks import serve_on_ranks
+
+        serve_on_ranks(options, setting.num_gpus, setting.device)
+        return
+    context = RankContext(0, 1, "cuda:0" if setting.device == "cuda" else "cpu")
+    serve_http(options, text, setting.engine(lambda: setting.make_runner(context)))
+
+
+def read_inputs(
+    options: argparse.Namespace, say: Callable[[str], None]
+) -> tuple[RankSetting, ChatText | None]:
+    """Plan, model and tokenizer, checked; no weights yet.
+
+    Raises:
+        ValueError: unreadable, not supported, or they do not go together.
+    """
+    from .chat_text import load_chat_text
+    from .serving_setup import ServingOptions, prepare
+
     cache = options.kv_cache_gib
     serving = ServingOptions(
         plan=options.plan,
@@ -134,31 +160,31 @@ def _serve(options: argparse.Namespace) -> None:
         cache_bytes=None if cache is None else int(cache * 2**30),
     )
     text = None if serving.folder is None else load_chat_text(serving.folder)
-    if text is None:
-        _say("there is no tokenizer: prompts must be token ids, and so are the answers")
-    engine = build_engine(serving, () if text is None else text.end_token_ids, _say)
-    engine.start()
+    return prepare(serving, () if text is None else text.end_token_ids, say), text
+
+
+def serve_http(options: argparse.Namespace, text: ChatText | None, engine: Engine) -> None:
+    """Start an engine and serve it until a signal comes; it is closed in any case."""
+    from .http_server import HttpServer
+    from .openai_api import ApiOptions, OpenAiApi
+
     name = options.model_name or engine.model_name
-    api = OpenAiApi(
-        engine,
-        text,
-        ApiOptions(
-            model_name=name,
-            api_key=key,
-            max_body_bytes=options.max_body_mib << 20,
-            system_fingerprint=_fingerprint(options.plan),
-        ),
-    )
-    server = HttpServer(
-        api,
-        host=options.host,
-        port=options.port,
-        shutdown_timeout_s=options.shutdown_timeout,
-        log_level=options.log_level,
-        on_start=lambda url: print(f"serving {name} at {url}", flush=True),
+    api_options = ApiOptions(
+        model_name=name,
+        api_key=api_key(options.api_key_file, os.environ.get(KEY_VARIABLE)),
+        max_body_bytes=options.max_body_mib << 20,
+        system_fingerprint=_fingerprint(options.plan),
     )
     try:
-        server.run()
+        engine.start()
+        HttpServer(
+            OpenAiApi(engine, text, api_options),
+            host=options.host,
+            port=options.port,
+            shutdown_timeout_s=options.shutdown_timeout,
+            log_level=options.log_level,
+            on_start=lambda url: print(f"serving {name} at {url}", flush=True),
+        ).run()
     finally:
         engine.close(0.0)  # also when the port is taken, or two signals left no time for it
 

@@ -7,6 +7,7 @@ schedules, and says so.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +15,18 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ..search_spaces.loader import load_hardware, load_model
 from ..search_spaces.schema import HardwareSpec, ModelSpec
+from .engine_config import EngineConfig
 from .kv_sizes import pages_for
 from .op_graph import OpGraph
 from .plan import Plan, Schedule
 from .plan_choice import PlanBook
 from .plan_io import load_plan
 from .plan_match import LiveGpus, match_plan
-from .scheduler import SchedulerLimits
+from .scheduler_records import SchedulerLimits
 
 if TYPE_CHECKING:
-    from .engine import Engine, EngineConfig
+    from .engine import Engine, Runner
+    from .launch import RankContext
     from .model_runner import ModelRunner
 
 RANDOM = "random"
@@ -74,8 +77,10 @@ class ServingOptions:
         return int(text)
 
 
-def build_engine(options: ServingOptions, extra_end_ids: tuple[int, ...], say: Say) -> Engine:
-    """An engine that has not been started; its thread loads the weights.
+def prepare(
+    options: ServingOptions, extra_end_ids: tuple[int, ...] = (), say: Say = lambda _: None
+) -> RankSetting:
+    """Read and check everything but the weights.
 
     Args:
         options: what to serve, and how much of it.
@@ -85,8 +90,6 @@ def build_engine(options: ServingOptions, extra_end_ids: tuple[int, ...], say: S
     Raises:
         ValueError: unreadable, not supported, or a plan for something else.
     """
-    from .engine import Engine, EngineConfig
-
     plan, model = load_plan(options.plan), _model(options)
     hardware = load_hardware(plan.hardware)
     device = options.device or _device_type()
@@ -119,16 +122,11 @@ def build_engine(options: ServingOptions, extra_end_ids: tuple[int, ...], say: S
         eos_token_ids=tuple(sorted({*_end_token_ids(options.folder), *extra_end_ids})),
         page_bytes=page_bytes * num_gpus,
     )
-    if num_gpus > 1:
-        raise ValueError(
-            f"serving on {num_gpus} GPUs is not there yet; tune with --num-gpus 1 and serve that"
-        )
-    setting = _RankSetting(options, plan, model, hardware, graph, book, config, device)
-    return Engine(config, book, setting.make_runner)
+    return RankSetting(options, plan, model, hardware, graph, book, config, device)
 
 
 @dataclass(frozen=True, slots=True)
-class _RankSetting:
+class RankSetting:
     """All that a rank needs to make its runner."""
 
     options: ServingOptions
@@ -140,36 +138,57 @@ class _RankSetting:
     config: EngineConfig
     device: DeviceType
 
-    def make_runner(self) -> ModelRunner:
-        """Load the weights, make the cache, capture."""
+    @property
+    def num_gpus(self) -> int:
+        """Tensor-parallel ranks."""
+        return self.plan.num_gpus
+
+    def engine(self, make_runner: Callable[[], Runner]) -> Engine:
+        """An engine that has not been started; its thread makes the runner."""
+        from .engine import Engine
+
+        return Engine(self.config, self.book, make_runner)
+
+    def make_runner(self, context: RankContext) -> ModelRunner:
+        """Load a rank's weights, make its cache, capture its graphs."""
         import torch
 
         from .checkpoint import load_checkpoint
         from .device import device_resources
         from .executor import Resources
         from .kv_cache import PagedKvCache
-        from .launch import RankContext
         from .model_runner import ModelRunner
+        from .verify_rank import default_resources
         from .weights import random_weights
 
-        context = RankContext(0, 1, "cuda:0" if self.device == "cuda" else "cpu")
-        device = torch.device(context.device)
+        device, ranks = torch.device(context.device), context.world_size
+        if self.device == "cpu":
+            # One core is for HTTP: an op's threads wait for the slowest of them.
+            torch.set_num_threads(max(1, ((os.cpu_count() or 1) - 1) // ranks))
         folder = self.options.folder
         if folder is None:
-            seed = self.options.random_seed
-            weights = random_weights(self.model, device=device, seed=seed)
+            weights = random_weights(
+                self.model,
+                rank=context.rank,
+                tp_degree=ranks,
+                device=device,
+                seed=self.options.random_seed,
+                sharded_exactly=self.device == "cpu",
+            )
         else:
-            _, weights = load_checkpoint(folder, device=device)
+            _, weights = load_checkpoint(folder, rank=context.rank, tp_degree=ranks, device=device)
         cache = PagedKvCache(
             self.model,
             num_pages=self.config.num_pages,
             device=device,
+            tp_degree=ranks,
+            rank=context.rank,
             page_size=self.plan.page_size,
         )
 
         def resources_of(schedule: Schedule) -> Resources:
             if self.device == "cpu":
-                return Resources()
+                return default_resources(context, [schedule])
             return device_resources(context, self.graph, self.hardware, [schedule])
 
         runner = ModelRunner(

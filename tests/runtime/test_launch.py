@@ -63,13 +63,6 @@ def test_parent_modules_import_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_serve_says_what_to_use_instead():
-    code = "import sys; from nanoflow_tune.runtime.server import main; sys.exit(main())"
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "nanoflow-tune" in done.stderr
-
-
 def test_ranks_end_when_their_parent_is_killed(tmp_path):
     """A killed profile run must not go on writing behind the one that resumes it."""
     script = tmp_path / "parent.py"

@@ -73,9 +73,9 @@ def test_a_plan_for_a_model_of_ones_own_is_known_by_its_hash_alone():
         _match(plan=_plan(own), model=replace(own, vocab_size=9))
 
 
-def test_on_the_cpu_the_gpu_does_not_matter_but_one_rank_alone_is_served():
+def test_on_the_cpu_the_gpu_does_not_matter_but_the_degree_does():
     match = _match(gpus=None)
     assert match.is_exact
     assert "on the CPU" in match.remarks[0]
-    with pytest.raises(PlanMismatchError, match="on the CPU one rank"):
-        _match(plan=_plan(num_gpus=2), num_gpus=2, gpus=None)
+    with pytest.raises(PlanMismatchError, match="but 2 were asked for"):
+        _match(num_gpus=2, gpus=None)

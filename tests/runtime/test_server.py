@@ -1,0 +1,189 @@
+"""`nanoflow-serve` as a process: a small checkpoint on the CPU, on one rank and on two."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import httpx
+import openai
+import pytest
+import torch
+from engine_builders import bucket
+from tiny_tokenizer import byte_level, fast, save
+
+from nanoflow_tune.runtime import server
+from nanoflow_tune.runtime.op_graph import OpGraph
+from nanoflow_tune.runtime.plan import Plan
+from nanoflow_tune.runtime.plan_io import dump_plan
+from nanoflow_tune.search_spaces.loader import content_hash, load_model
+
+PROMPT = "the capital of France is"
+MAX_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "small"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=byte_level().get_vocab_size(),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=1,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).float().save_pretrained(folder)
+    return save(folder)
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint):
+    """What transformers generates greedily."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    ids = fast(byte_level())(PROMPT, return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=MAX_TOKENS, do_sample=False, pad_token_id=0)
+    return byte_level().decode(out[0, ids.shape[1] :].tolist())
+
+
+def _write_plan(path, checkpoint, num_gpus=1, **changes):
+    model = load_model(checkpoint)
+    plan = Plan(
+        model=model.name,
+        hardware="h200",
+        workload="64-64",
+        num_gpus=num_gpus,
+        dtype="float32",
+        kv_dtype="float32",
+        page_size=16,
+        inputs={"model": content_hash(model)},
+        buckets=(bucket(OpGraph.build(model, num_gpus), 64, 32),),
+    )
+    dump_plan(replace(plan, **changes), path)
+    return path
+
+
+@contextlib.contextmanager
+def _served(plan, weights, *flags):
+    command = [sys.executable, "-c", "import sys; from nanoflow_tune.runtime.server import main; "]
+    command[-1] += "sys.exit(main())"
+    command += ["--plan", plan, "--weights", weights, "--port", "0", "--device", "cpu", *flags]
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,  # the ranks' standard output is their parent's standard error
+        text=True,
+    )
+    said = []
+    try:
+        for line in process.stdout:
+            said.append(line)
+            if found := re.search(r"serving (\S+) at (http://\S+)", line):
+                yield process, found[1], found[2]
+                break
+        else:
+            pytest.fail("".join(said))
+        process.send_signal(signal.SIGTERM)
+        rest = process.communicate(timeout=60)[0]
+        assert process.returncode == 0, rest
+        assert "Traceback" not in rest
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("num_gpus", [1, 2])
+def test_a_checkpoint_is_served_like_transformers_generates(
+    checkpoint, expected, tmp_path, num_gpus
+):
+    plan = _write_plan(tmp_path / "plan.yaml", checkpoint, num_gpus)
+    with _served(plan, checkpoint, "--kv-cache-gib", "0.01") as (_, name, url):
+        assert name == "small"
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60, max_retries=0)
+        request = {"model": name, "prompt": PROMPT, "max_tokens": MAX_TOKENS, "temperature": 0}
+        assert client.completions.create(**request).choices[0].text == expected
+        chunks = list(client.completions.create(**request, stream=True))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+        drawn = [
+            client.completions.create(**request | {"temperature": 1.0, "seed": 3}).choices[0].text
+            for _ in range(2)
+        ]
+        assert drawn[0] == drawn[1] != expected
+        page = httpx.get(f"{url}/metrics").text
+        assert "nanoflow_generated_tokens_total" in page
+        client.close()
+
+
+def test_random_weights_are_served_in_token_ids(checkpoint, tmp_path):
+    plan = _write_plan(tmp_path / "plan.yaml", checkpoint)
+    model = ("--model", checkpoint / "config.json", "--kv-cache-gib", "0.01")
+    with _served(plan, "random:1", *model, "--model-name", "drawn") as (_, name, url):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60, max_retries=0)
+        reply = client.completions.create(model=name, prompt=[5, 6, 7], max_tokens=4, temperature=0)
+        assert (name, len(reply.choices[0].token_ids)) == ("drawn", 4)
+        client.close()
+
+
+def _main(capsys, *flags):
+    code = server.main([str(flag) for flag in flags])
+    return code, capsys.readouterr().err
+
+
+def test_bad_input_is_told_and_exits_with_2(checkpoint, tmp_path, capsys):
+    other = _write_plan(tmp_path / "other.yaml", checkpoint, inputs={"model": "0"}, model="big")
+    flags = ("--weights", checkpoint, "--device", "cpu")
+    assert _main(capsys, "--plan", tmp_path / "none.yaml", *flags)[0] == 2
+    code, said = _main(capsys, "--plan", other, *flags)
+    assert code == 2
+    assert "the plan is for another model than 'small'" in said
+    plan = _write_plan(tmp_path / "plan.yaml", checkpoint)
+    code, said = _main(capsys, "--plan", plan, "--weights", tmp_path / "none")
+    assert (code, "--weights must be a folder" in said) == (2, True)
+    code, said = _main(capsys, "--plan", plan, *flags, "--max-model-len", "4096")
+    assert (code, "at most the model's 128 positions" in said) == (2, True)
+    code, said = _main(capsys, "--plan", plan, *flags, "--kv-cache-gib", "0.00001")
+    assert (code, "raise --kv-cache-gib" in said) == (2, True)
+    code, said = _main(capsys, "--plan", plan, *flags, "--num-gpus", "2")
+    assert (code, "2 were asked for" in said) == (2, True)
+
+
+def test_without_the_extra_it_says_what_to_install(tmp_path, capsys, monkeypatch):
+    known = server.importlib.util.find_spec
+    monkeypatch.setattr(
+        server.importlib.util, "find_spec", lambda name: None if name == "fastapi" else known(name)
+    )
+    code, said = _main(capsys, "--plan", tmp_path / "p.yaml", "--weights", tmp_path)
+    assert code == 2
+    assert "serving needs fastapi: install them with `pip install 'nanoflow-tune[serve]'`" in said
+
+
+def test_the_key_comes_from_a_file_or_the_environment_not_both(tmp_path):
+    file = tmp_path / "key"
+    file.write_text("secret\n")
+    assert server.api_key(file, None) == "secret"
+    assert server.api_key(None, "other") == "other"
+    assert server.api_key(None, None) is server.api_key(None, "") is None
+    with pytest.raises(ValueError, match="both set"):
+        server.api_key(file, "other")
+    file.write_text("\n")
+    with pytest.raises(ValueError, match="is empty"):
+        server.api_key(file, None)
+    with pytest.raises(ValueError, match="cannot be read"):
+        server.api_key(tmp_path / "none", None)
+
+
+def test_starting_the_command_imports_no_torch():
+    code = "import sys; from nanoflow_tune.runtime import server; server.build_parser()"
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True)
