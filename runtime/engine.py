@@ -151,6 +151,11 @@ class Engine:
         """As of the last step."""
         return self._stats
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the engine's thread; None while it is well."""
+        return self._failure
+
     def start(self) -> None:
         """Start the engine's thread and wait until its runner is made.
 

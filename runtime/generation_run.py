@@ -48,6 +48,11 @@ class ServingEngine(Protocol):
         ...
 
     @property
+    def failure(self) -> BaseException | None:
+        """What ended its thread; None while it is well."""
+        ...
+
+    @property
     def model_name(self) -> str:
         """Name of the model."""
         ...

@@ -149,7 +149,9 @@ class OpenAiApi:
     async def health(self) -> Response:
         """`GET /health`: 200 while requests are taken."""
         status = "closing" if self.is_closing else "ok"
-        return JSONResponse({"status": status}, 503 if self.is_closing else 200)
+        if self._engine.failure is not None:
+            status = "failed"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     async def metrics_page(self, http: Request) -> Response:
         """`GET /metrics`, for Prometheus."""

@@ -41,6 +41,7 @@ class FakeEngine:
         self.vocab_size = vocab_size
         self.eos_token_ids = eos_token_ids
         self.stats = EngineStats(kv_pages_total=100, plan_in_use="sequential")
+        self.failure: BaseException | None = None
         self.may_go_on = threading.Event()
         self.may_go_on.set()
         self.submitted: list[GenerationRequest] = []

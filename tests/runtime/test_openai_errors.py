@@ -231,6 +231,13 @@ def test_a_closing_server_says_so():
         assert server.plain().get("/health").status_code == 503
 
 
+def test_health_is_lost_with_the_engine():
+    with live_server() as server:
+        server.engine.failure = RuntimeError("the device is gone")
+        reply = server.plain().get("/health")
+        assert (reply.status_code, reply.json()) == (503, {"status": "failed"})
+
+
 def test_shutdown_ends_what_does_not_finish_within_the_limit_and_tells_the_client():
     with live_server(holds_at=1, shutdown_timeout_s=0.2) as server:
         stream = server.client().completions.create(model=MODEL, prompt="one two", stream=True)
