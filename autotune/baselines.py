@@ -1,7 +1,8 @@
 """Schedules that need no search: what every tuned plan is raced against.
 
-sequential   one nano-batch, one lane, all SMs, the fastest variant of each op; a collective takes
-             copy engines where that is faster, the longer norm behind them included
+sequential   one nano-batch, one lane, the best variant of each op on all SMs; where the power cap
+             binds, on the share on which its joules and time cost least, the other SMs idle; a
+             collective takes copy engines where that is faster, the longer norm behind included
 nano_only    two nano-batches, one lane: what splitting alone costs
 equal_split  two equal nano-batches, the SMs halved between compute and the rest
 ping_pong    the family around it: one nano-batch computes while the other one's attention and
@@ -20,11 +21,12 @@ from ..runtime.op_graph import Op, OpGraph, RowMix
 from ..runtime.plan import Schedule
 from ..search_spaces.schema import HardwareSpec, RowOrder, SearchSpace
 from .copy_transport import norm_behind
-from .cost_model import CostModel
+from .cost_model import PRICE_ROUNDS, CostModel
 from .patterns import (
     COMPUTE,
     MEMORY,
     NETWORK,
+    MacroOp,
     Placed,
     batch_mix,
     build_schedule,
@@ -33,6 +35,8 @@ from .patterns import (
     split_batches,
     total_tokens,
 )
+from .power_model import FASTEST, Price
+from .simulator import SYNC_US, Simulator, predict
 
 PingPongOrder = Literal["blocks", "interleaved", "alternating"]
 
@@ -58,7 +62,7 @@ class PingPongChoice:
 
 
 def sequential(graph: OpGraph, cost_model: CostModel, mix: RowMix) -> Schedule:
-    """Everything in a row on the whole GPU."""
+    """Everything in a row, each op with the whole GPU to itself."""
     return _one_lane("sequential", graph, cost_model, mix, (total_tokens(mix),), "decodes_first")
 
 
@@ -78,18 +82,45 @@ def _one_lane(
     sizes: tuple[int, ...],
     row_order: RowOrder,
 ) -> Schedule:
+    """The fastest kernels, then those that the price of a joule favours, and so on; the best."""
     batches = split_batches(sizes, row_order, mix)
-    placed = [
-        Placed(
-            macro=index,
-            batch=batch,
-            stage=0,
-            num_sms=_whole_share(macro.ops[0], graph, cost_model, batch_mix(batches[batch], mix)),
+    price, found = FASTEST, list[tuple[float, Schedule]]()
+    for _ in range(1 + PRICE_ROUNDS):
+        placed = [
+            Placed(
+                macro=index,
+                batch=batch,
+                stage=0,
+                num_sms=_share(macro, graph, cost_model, batch_mix(held, mix), price),
+            )
+            for index, macro in enumerate(macro_ops(graph))
+            for batch, held in enumerate(batches)
+        ]
+        schedule = build_schedule(
+            name, cost_model, graph, mix, batches, placed, single_lane=True, price=price
         )
-        for index, macro in enumerate(macro_ops(graph))
-        for batch in range(len(batches))
-    ]
-    return build_schedule(name, cost_model, graph, mix, batches, placed, single_lane=True)
+        found.append((predict(schedule, graph, cost_model, mix).period_us, schedule))
+        before, price = price, Simulator(schedule, graph, cost_model, mix).price()
+        if price == before:
+            break
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def _share(
+    macro: MacroOp, graph: OpGraph, cost_model: CostModel, rows: RowMix, price: Price
+) -> int:
+    """All SMs, none for some collectives, fewer where the joules saved are worth the time."""
+    op, num_sms = macro.ops[0], cost_model.hardware.num_sms
+    if macro.lane == NETWORK or price == FASTEST:
+        return _whole_share(op, graph, cost_model, rows)
+
+    def cost(share: int) -> float:
+        sync_us = 0.0 if share == num_sms else 2 * SYNC_US  # to another stream and back
+        costs = [cost_model.cheapest(op, rows, (share,), price)[2] for op in macro.ops]
+        return sum(costs) + sync_us
+
+    heaviest = max(macro.ops, key=lambda op: op.flops(rows))
+    return min(reversed(cost_model.shares_of(heaviest)), key=cost)
 
 
 def _whole_share(op: Op, graph: OpGraph, cost_model: CostModel, rows: RowMix) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..profiler.profile import EnergyModel
 from ..runtime.op_graph import Op, OpGraph, Resource, RowMix
 from ..search_spaces.schema import HardwareSpec
-from .cost_model import logit_mix
+from .cost_model import CostModel, logit_mix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +94,28 @@ def power_limit_us(
     work = iteration_work(graph, mix)
     joules = energy.dynamic_joules(work.flops, work.memory_bytes, work.link_bytes)
     return 1e6 * joules / headroom_w
+
+
+def power_limit_of(graph: OpGraph, mix: RowMix, cost_model: CostModel) -> float:
+    """What the cap allows an iteration of the kernels at hand, in us.
+
+    Each op on the share and in the variant of the fewest dynamic joules, at the clock that the
+    batch settles at in sequence. That of FLOPs and bytes (`power_limit_us`) where nothing was
+    measured; 0 without an energy model.
+    """
+    power = cost_model.power
+    floor_us = power_limit_us(graph, mix, cost_model.hardware, cost_model.energy)
+    if power is None or cost_model.profile is None:
+        return floor_us
+    clock = cost_model.price(graph, mix).clock
+    joules = 0.0
+    for op, rows, count in iteration_ops(graph, mix):
+        joules += count * min(
+            power.load(op, rows, share, name, cost_model.estimate(op, rows, share, name).us).joules
+            for share in cost_model.shares_of(op)
+            for name in cost_model.variants(op, share)
+        )
+    return 1e6 * power.joules_at(joules, clock) / power.headroom_w
 
 
 def power_floor_us(dynamic_joules: float, hardware: HardwareSpec, energy: EnergyModel) -> float:

@@ -27,6 +27,8 @@ from ..search_spaces.schema import DTYPE_BYTES, Dtype, HardwareSpec
 from .composed_rows import with_composed_rows
 from .copy_transport import as_sent, summing
 from .kernel_grid import KernelGrid
+from .power_fit import fit_power
+from .power_model import FASTEST, Load, PowerModel, Price
 from .roofline import memory_share, roofline_us, shape_distance
 
 DEFAULT_VARIANTS: dict[OpKind, str] = {
@@ -40,6 +42,8 @@ H200_ENERGY = EnergyModel(
     static_w=117.0, joules_per_flop=0.85e-12, joules_per_byte=130e-12, relative_error=0.1
 )
 """Measured on one H200 by hand; stands in for profiles of that card without an energy fit."""
+PRICE_ROUNDS = 3
+"""Choices of kernels and the price of a joule that follows from them, in turn: both settle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +61,48 @@ NO_WORK = Estimate(0.0, 0.0, "measured")
 
 
 class CostModel:
-    """Estimates from a profile, or from the datasheet when `profile` is None."""
+    """Estimates from a profile, or from the datasheet when `profile` is None.
+
+    Variants whose names start like one of `lacking` are not chosen, as the machine that the plan is
+    for may not have them; times of plans that name them are still estimated.
+    """
 
     def __init__(
-        self, profile: Profile | None, hardware: HardwareSpec, dtype: str | None = None
+        self,
+        profile: Profile | None,
+        hardware: HardwareSpec,
+        dtype: str | None = None,
+        lacking: Iterable[str] = (),
     ) -> None:
+        self.lacking = tuple(lacking)
         self.profile = profile = with_composed_rows(profile) if profile else None
         self.hardware = hardware
         self.dtype = dtype or (profile.dtype if profile else "bfloat16")
         self.energy = energy_model(profile, hardware)
+        self._power: PowerModel | None = None
         self._op_of_shape = cache(op_of_shape)
         self._grids = self._build_grids()
         self._pairs = _index_pairs(profile.pairs if profile else ())
         self._estimates: dict[tuple[object, ...], Estimate] = {}
         self.variants = cache(self._variants)
         self.slowdown = cache(self._slowdown)
+        self.price = cache(self._price)
         self._nearest_shape = cache(self._find_nearest_shape)
+
+    def with_times(self, profile: Profile) -> CostModel:
+        """The same with other times; joules, and so the power model, stay."""
+        other = CostModel(profile, self.hardware, self.dtype, self.lacking)
+        other.energy, other._power = self.energy, self.power
+        return other
+
+    @property
+    def power(self) -> PowerModel | None:
+        """Joules and clocks; None without an energy model."""
+        if self.energy is None:
+            return None
+        if self._power is None or self._power.base is not self.energy:
+            self._power = fit_power(self.profile, self.energy, self.hardware.power_cap_w)
+        return self._power
 
     def estimate(self, op: Op, mix: RowMix, num_sms: int, variant: str) -> Estimate:
         """Time and energy of one variant on `num_sms` SMs, alone on the GPU.
@@ -95,12 +125,9 @@ class CostModel:
             ValueError: a share of 0 for an op of which no variant goes without SMs.
         """
         names = self.variants(op, num_sms)
-        if not names:
-            raise ValueError(
-                f"a share of 0 is for variants that take no SMs ({', '.join(SM_FREE_VARIANTS)}), "
-                f"but none of {op.name} is in the profile; give it SMs"
-            )
         options = [(self.estimate(op, mix, num_sms, name), name) for name in names]
+        if not options:
+            raise ValueError(_no_variant(op))
         estimate, variant = min(options, key=lambda option: (option[0].us, option[1]))
         return variant, estimate
 
@@ -127,14 +154,82 @@ class CostModel:
         """Time of an iteration beyond its layers, in us."""
         return self.iteration_overhead(graph, mix).us
 
+    def overhead_loads(self, graph: OpGraph, mix: RowMix) -> tuple[Load, ...]:
+        """What an iteration asks of the card beyond its layers; nothing without a power model."""
+        ops = [(op, mix) for op in graph.prologue] + [(op, logit_mix(mix)) for op in graph.epilogue]
+        return tuple(self._whole_load(op, rows, FASTEST) for op, rows in ops if self.power)
+
+    def _whole_load(self, op: Op, mix: RowMix, price: Price) -> Load:
+        assert self.power is not None
+        num_sms = self.hardware.num_sms
+        variant, _, _ = self.cheapest(op, mix, (num_sms,), price)
+        us = self.estimate(op, mix, num_sms, variant).us
+        return self.power.load(op, mix, num_sms, variant, us)
+
+    def cheapest(
+        self, op: Op, mix: RowMix, shares: Iterable[int], price: Price
+    ) -> tuple[str, int, float]:
+        """Variant and share of the least cost, and that cost in us, joules included.
+
+        With a price of `FASTEST` the fastest. Without a power model joules cost nothing.
+
+        Raises:
+            ValueError: no variant runs on any of the shares.
+        """
+        options = [
+            (self._cost(op, mix, share, name, price), -share, name)
+            for share in shares
+            for name in self.variants(op, share)
+        ]
+        if not options:
+            raise ValueError(_no_variant(op))
+        cost, share, variant = min(options)
+        return variant, -share, cost
+
+    def _cost(self, op: Op, mix: RowMix, num_sms: int, variant: str, price: Price) -> float:
+        us = self.estimate(op, mix, num_sms, variant).us
+        if price == FASTEST or self.power is None:
+            return us
+        return self.power.cost(self.power.load(op, mix, num_sms, variant, us), price)
+
+    def _price(self, graph: OpGraph, mix: RowMix) -> Price:
+        """What a joule is worth to this batch, were its ops run in a row on the whole GPU.
+
+        `FASTEST` where the cap does not bind, and where nothing was measured.
+        """
+        price, power = FASTEST, self.power
+        if power is None or self.profile is None:
+            return FASTEST
+        overhead = [(load, 1) for load in self.overhead_loads(graph, mix)]
+        for _ in range(PRICE_ROUNDS):
+            layer = [(self._whole_load(op, mix, price), graph.num_layers) for op in graph.layer]
+            price = power.price([*layer, *overhead])
+        return price
+
+    def shares_of(self, op: Op) -> tuple[int, ...]:
+        """Shares that this kind of op was measured on, as far as partitions have them, and all."""
+        total, step = self.hardware.num_sms, self.hardware.sm_granularity
+        measured = {
+            num_sms
+            for key, grid in self._grids.items()
+            if key[0] == op.kind
+            for _, _, num_sms in grid.rows
+        }
+        fits = {s for s in measured if 0 < s < total and (s % step == 0 or (total - s) % step == 0)}
+        return tuple(sorted(fits | {total}))
+
     def _variants(self, op: Op, num_sms: int) -> tuple[str, ...]:
-        """Variants with measured rows, of this shape or, failing that, of any shape of the kind.
+        """Variants at hand with measured rows, of this shape or else of any shape of the kind.
 
         On a share of 0 those that take no SMs, perhaps none; the others on any other share. A
         collective on fewer SMs than it was measured on is left out: its blocks, up to that many,
         make it the variant with fewer blocks there.
         """
-        grids = {key: grid for key, grid in self._grids.items() if key[0] == op.kind}
+        grids = {
+            key: grid
+            for key, grid in self._grids.items()
+            if key[0] == op.kind and not key[2].startswith(self.lacking)
+        }
         grids = {key: grid for key, grid in grids.items() if key[1] == op.shape} or grids
         free = {key[2] for key in grids if key[2] in SM_FREE_VARIANTS}
         if num_sms == 0:
@@ -236,6 +331,13 @@ class CostModel:
             for pair in self._pairs.get(kinds, ())
             if (pair[0] > 0, pair[1] > 0) == (places[0] > 0, places[1] > 0)
         ]
+
+
+def _no_variant(op: Op) -> str:
+    return (
+        f"a share of 0 is for variants that take no SMs ({', '.join(SM_FREE_VARIANTS)}), "
+        f"but none of {op.name} is in the profile; give it SMs"
+    )
 
 
 def _share_distance(a: int, b: int) -> float:

@@ -23,6 +23,7 @@ from ..runtime.op_graph import GEMM_KINDS, Dependency, Op, OpGraph, RowMix
 from ..runtime.plan import Lane, NanoBatch, NanoOp, Schedule
 from ..search_spaces.schema import HardwareSpec, RowOrder, SearchSpace
 from .cost_model import CostModel
+from .power_model import Price
 
 COMPUTE, MEMORY, NETWORK = "compute", "memory", "network"
 
@@ -173,13 +174,16 @@ def build_schedule(
     placed: Sequence[Placed],
     variants: Mapping[str, str] | None = None,
     single_lane: bool = False,
+    price: Price | None = None,
 ) -> Schedule:
-    """Write down one period, each op with its fastest variant unless `variants` names one.
+    """Write down one period, each op with its cheapest variant unless `variants` names one.
 
-    A variant that cannot run on the op's share is not taken. What could run at once on too many
-    SMs is put in order with `after`.
+    Cheapest at the batch's price of a joule, unless `price` is another: where the power cap does
+    not bind, the fastest. A variant that cannot run on the op's share is not taken. What could run
+    at once on too many SMs is put in order with `after`.
     """
     macros, chosen = macro_ops(graph), variants or {}
+    price = price or cost_model.price(graph, mix)
     num_sms = cost_model.hardware.num_sms
     nano_ops: list[NanoOp] = []
     for place in placed:
@@ -189,7 +193,7 @@ def build_schedule(
         for op in macro.ops:
             variant = chosen.get(op.name)
             if variant is None or variant not in cost_model.variants(op, place.num_sms):
-                variant = cost_model.best(op, rows, place.num_sms)[0]
+                variant = cost_model.cheapest(op, rows, (place.num_sms,), price)[0]
             nano_ops.append(
                 NanoOp(
                     op=op.name,

@@ -30,7 +30,7 @@ from .baselines import (
     sequential,
     whole_gpu_choice,
 )
-from .bounds import lower_bound_us, power_limit_us, what_binds
+from .bounds import lower_bound_us, power_limit_of, what_binds
 from .cost_model import CostModel
 from .milp import Certificate
 from .patterns import COMPUTE, MEMORY, NETWORK
@@ -312,7 +312,7 @@ def search(
     run.refine(structure, choices)
     race = distinct(run.tried)
     lower = lower_bound_us(graph, mix, hardware, cost_model.dtype)
-    power_us = power_limit_us(graph, mix, hardware, cost_model.energy)
+    power_us = power_limit_of(graph, mix, cost_model)
     base = next(c for c in race if c.schedule.name == "sequential")
     others = sorted((c for c in race if c is not base), key=lambda c: c.best_known.period_us)
     result = SearchResult(

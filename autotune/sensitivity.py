@@ -132,8 +132,7 @@ def sensitivity(
     choice, flips = _choice(calm), 0
     moved = [list[float]() for _ in calm]
     for _ in range(trials):
-        costs = CostModel(disturbed(profile, noise, rng), cost_model.hardware, cost_model.dtype)
-        shaken = predicted(costs)
+        shaken = predicted(cost_model.with_times(disturbed(profile, noise, rng)))
         flips += _choice(shaken) != choice
         for movements, before, after in zip(moved, calm, shaken, strict=True):
             movements.append(after.predicted.period_us / before.predicted.period_us - 1)

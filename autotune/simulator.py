@@ -8,34 +8,33 @@ pairs are measured; the product treats their causes (bandwidth, L2, clocks) as i
 two lanes busy it is exact, with three it is never below the largest single slowdown, as measured
 triples are not.
 
-Power: a kernel alone is timed for 30 ms, shorter than the card takes to enforce its cap; a whole
-iteration is held to it. So `predict` joins two times, the timeline's and the one that the dynamic
-joules need under the cap, by a p-norm: either alone when it is far the larger, some percent more
-when both press. Roofline figures stay what the datasheet says.
+Power: a kernel alone is timed for 12 to 30 ms, shorter than the card takes to enforce its cap; a
+whole iteration is held to it. So `predict` lowers the clock (`power_model.py`) until the timeline,
+stretched where it is bound by compute, gives the dynamic joules the time that the cap asks for.
+Roofline figures stay what the datasheet says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..profiler.profile import Source
-from ..runtime.op_graph import OpGraph, RowMix
-from ..runtime.op_shapes import moved_bytes
+from ..runtime.op_graph import Op, OpGraph, RowMix
 from ..runtime.plan import NanoOp, Schedule, Timing
 from ..runtime.schedule import Instance, row_mix, unroll
 from .copy_transport import ops_as_run
 from .cost_model import CostModel, Estimate
+from .power_model import FASTEST, Load, PowerModel, Price, period_at
 
 SYNC_US = 2.0
 """Start of a nano-op that waits for another stream (lane or share): event record, wait, launch."""
 ROOFLINE_SHARE = 0.05
 """Above this part of solo time from the roofline, a prediction is called `roofline`."""
 STEADY_TOLERANCE = 1e-9
-POWER_NORM = 16
-"""Exponent that joins timeline and power limit. Against the two sequential iterations measured for
-results/: llama3-8b TP1 +2 %, llama2-70b TP2 -2 %."""
+CLOCK_TOLERANCE, MOST_CLOCKS = 0.002, 5
+"""Of a plan's period at the clock found for it, and how many clocks are simulated at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,57 +79,133 @@ class Simulator:
         cost_model: CostModel,
         mix: RowMix,
         sync_us: float = SYNC_US,
+        scale: Callable[[Op, RowMix], float] | None = None,
     ) -> None:
         self.schedule, self.graph, self.cost_model, self.mix = schedule, graph, cost_model, mix
         self.sync_us = sync_us
+        self._scale = scale
+        """Factor on time and joules of an op, to ask what if."""
         self._ops = ops_as_run(schedule, graph)
         self._slowdowns: dict[tuple[int, int], float] = {}
+
+    @cached_property
+    def loads(self) -> tuple[Load, ...]:
+        """Each nano-op as power management sees it; for cost models with a power model."""
+        power = self.cost_model.power
+        assert power is not None
+        contexts = self.mix.decode_context_tokens, self.mix.prefill_context_tokens
+        loads: list[Load] = []
+        for op, nano_op, cost in zip(self._ops, self.schedule.nano_ops, self.solo, strict=True):
+            rows = row_mix(self.schedule, nano_op.tokens, *contexts)
+            factor = self._scale(op, rows) if self._scale else 1.0
+            load = power.load(op, rows, nano_op.num_sms, nano_op.variant, cost.us / factor)
+            loads.append(replace(load, us=cost.us, joules=load.joules * factor))
+        return tuple(loads)
+
+    @cached_property
+    def _overhead(self) -> tuple[Load, ...]:
+        return self.cost_model.overhead_loads(self.graph, self.mix)
+
+    def joules(self) -> float:
+        """Dynamic joules of an iteration of one GPU at the highest clock."""
+        layer = sum(load.joules for load in self.loads)
+        return layer * self.graph.num_layers + sum(load.joules for load in self._overhead)
+
+    def price(self) -> Price:
+        """What a joule is worth to this schedule; `FASTEST` where only the datasheet is known."""
+        power = self.cost_model.power if self.cost_model.energy else None
+        if power is None or self._source() == "roofline":
+            return FASTEST
+        layer = [(load, self.graph.num_layers) for load in self.loads]
+        return power.price([*layer, *((load, 1) for load in self._overhead)])
+
+    def under_cap(self, power: PowerModel, burst_us: float) -> tuple[float, float]:
+        """Clock and period in us of the plan at the cap, from the period at the highest clock."""
+        joules, periods = self.joules(), {1.0: burst_us}
+
+        def told_us(clock: float) -> float:
+            return period_at(periods, clock)
+
+        clock = power.clock_under_cap(joules, told_us)
+        if clock >= 1.0:
+            return clock, burst_us
+        burst_sum_us = sum(load.us for load in self.loads)
+
+        def in_a_row_us(clock: float) -> float:
+            return burst_us * sum(load.us_at(clock) for load in self.loads) / burst_sum_us
+
+        clock = power.clock_under_cap(joules, in_a_row_us)  # a first guess
+        for _ in range(MOST_CLOCKS):
+            expected_us = told_us(clock)
+            simulated_us = periods[clock] = self.timeline(clock=clock).period_us
+            clock = power.clock_under_cap(joules, told_us)
+            if abs(simulated_us - expected_us) <= CLOCK_TOLERANCE * expected_us:
+                break
+        return clock, told_us(clock)
 
     @cached_property
     def solo(self) -> tuple[Estimate, ...]:
         """Each nano-op alone on its share."""
         contexts = self.mix.decode_context_tokens, self.mix.prefill_context_tokens
-        return tuple(
-            self.cost_model.estimate(
-                op,
-                row_mix(self.schedule, nano_op.tokens, *contexts),
-                nano_op.num_sms,
-                nano_op.variant,
-            )
-            for op, nano_op in zip(self._ops, self.schedule.nano_ops, strict=True)
-        )
+        found: list[Estimate] = []
+        for op, nano_op in zip(self._ops, self.schedule.nano_ops, strict=True):
+            rows = row_mix(self.schedule, nano_op.tokens, *contexts)
+            cost = self.cost_model.estimate(op, rows, nano_op.num_sms, nano_op.variant)
+            factor = self._scale(op, rows) if self._scale else 1.0
+            found.append(replace(cost, us=cost.us * factor))
+        return tuple(found)
 
-    def events(self, num_layers: int) -> list[Event]:
+    def solo_us(self, clock: float) -> tuple[float, ...]:
+        """Time of each nano-op alone on its share, at a clock (a part of the highest)."""
+        if clock >= 1.0:
+            return tuple(cost.us for cost in self.solo)
+        return tuple(load.us_at(clock) for load in self.loads)
+
+    def events(self, num_layers: int, clock: float = 1.0) -> list[Event]:
         """Simulate this many layers from start to drain."""
         instances = unroll(self.schedule, self.graph, num_layers)
-        return _Run(self, instances).events()
+        return _Run(self, instances, self.solo_us(clock), self._hidden(clock)).events()
 
-    def timeline(self, num_layers: int | None = None) -> Timeline:
+    def _hidden(self, clock: float) -> tuple[float, ...]:
+        """Slowdown that neighbours may cause without effect: what the clock has cost already.
+
+        A memory-bound op waits either for its SMs' ports, which are as slow as the clock, or for
+        memory that others use: the larger of the two counts, not their product.
+        """
+        return tuple(
+            at_us / cost.us if cost.us and op.resource == "memory" else 1.0
+            for op, cost, at_us in zip(self._ops, self.solo, self.solo_us(clock), strict=True)
+        )
+
+    def timeline(self, num_layers: int | None = None, clock: float = 1.0) -> Timeline:
         """The whole iteration.
 
         Args:
             num_layers: layers to give events of; None simulates until the pattern repeats itself
                 exactly and adds the remaining layers at that pace.
+            clock: SM clock as a part of the highest; below 1 with a power model only.
         """
         total = self.graph.num_layers
         count = min(total, num_layers or self.schedule.max_stage + 6)
-        events, layer_us = self.events(count), None
+        events, layer_us = self.events(count, clock), None
         while count < total:
             layer_us = steady_layer_us(events, count, self.schedule)
             if layer_us is not None:
                 break
             count = min(total, 2 * count)
-            events = self.events(count)
+            events = self.events(count, clock)
         end_us = max((event.end_us for event in events), default=0.0)
         makespan_us = end_us + (total - count) * (layer_us or 0.0)
         overhead = self.cost_model.iteration_overhead(self.graph, self.mix)
         period_us = makespan_us + overhead.us
+        if clock < 1.0:
+            period_us += sum(load.us_at(clock) - load.us for load in self._overhead)
         return Timeline(
             events=tuple(events),
             makespan_us=makespan_us,
             period_us=period_us,
             layer_us=layer_us if layer_us is not None else end_us / count,
-            joules=self._joules(period_us, overhead),
+            joules=self._joules(period_us, clock),
             source=self._source(),
         )
 
@@ -143,20 +218,13 @@ class Simulator:
             )
         return self._slowdowns[a, b]
 
-    def _joules(self, period_us: float, overhead: Estimate) -> float:
+    def _joules(self, period_us: float, clock: float) -> float:
         """Dynamic joules of all ops, and static power once for the whole time."""
-        energy = self.cost_model.energy
-        if energy is None:
+        power = self.cost_model.power if self.cost_model.energy else None
+        if power is None:
             return 0.0
-        static_j_per_us = energy.static_w * 1e-6
-        contexts = self.mix.decode_context_tokens, self.mix.prefill_context_tokens
-        layer_j = 0.0
-        for op, nano_op in zip(self._ops, self.schedule.nano_ops, strict=True):
-            rows = row_mix(self.schedule, nano_op.tokens, *contexts)
-            memory_bytes = moved_bytes(op, rows, nano_op.variant)
-            layer_j += energy.dynamic_joules(op.flops(rows), memory_bytes, op.link_bytes(rows))
-        overhead_j = max(0.0, overhead.joules - overhead.us * static_j_per_us)
-        return layer_j * self.graph.num_layers + overhead_j + period_us * static_j_per_us
+        dynamic = power.joules_at(self.joules(), clock)
+        return dynamic + power.base.static_w * period_us * 1e-6
 
     def _source(self) -> Source:
         total_us = sum(cost.us for cost in self.solo)
@@ -170,8 +238,15 @@ class Simulator:
 class _Run:
     """State of one simulation: what waits, what runs, how much of it is left."""
 
-    def __init__(self, simulator: Simulator, instances: Sequence[Instance]) -> None:
+    def __init__(
+        self,
+        simulator: Simulator,
+        instances: Sequence[Instance],
+        solo_us: Sequence[float],
+        hidden: Sequence[float],
+    ) -> None:
         self.simulator, self.instances = simulator, instances
+        self.solo_us, self.hidden = solo_us, hidden
         self.missing = [len(instance.waits_for) for instance in instances]
         self.followers: list[list[int]] = [[] for _ in instances]
         for here, instance in enumerate(instances):
@@ -197,7 +272,7 @@ class _Run:
     def _work_us(self, here: int) -> float:
         """Solo time, and the synchronisation when it waits for another stream."""
         instance, nano_ops = self.instances[here], self.simulator.schedule.nano_ops
-        solo_us = self.simulator.solo[instance.index].us
+        solo_us = self.solo_us[instance.index]
         if solo_us == 0.0:
             return 0.0
         mine = nano_ops[instance.index]
@@ -239,7 +314,7 @@ class _Run:
         for other, left_us in self.left_us.items():
             if other != here and left_us > 0.0:
                 product *= self.simulator.slowdown(index, self.instances[other].index)
-        return product
+        return max(1.0, product / self.hidden[index]) if self.hidden[index] > 1.0 else product
 
     def _event(self, here: int) -> Event:
         instance = self.instances[here]
@@ -289,14 +364,16 @@ def simulate(
 
 
 def predict(schedule: Schedule, graph: OpGraph, cost_model: CostModel, mix: RowMix) -> Timing:
-    """Simulated timing of one iteration; joules of all GPUs, watts of one."""
-    timeline, energy = simulate(schedule, graph, cost_model, mix), cost_model.energy
-    period_us, joules = timeline.period_us, timeline.joules
-    if energy is not None and timeline.source != "roofline":
-        dynamic = joules - energy.static_w * period_us * 1e-6
-        headroom_w = max(1.0, cost_model.hardware.power_cap_w - energy.static_w)
-        period_us = _joined(period_us, 1e6 * dynamic / headroom_w)
-        joules = dynamic + energy.static_w * period_us * 1e-6
+    """Simulated timing of one iteration; joules of all GPUs, watts and clock of one."""
+    simulator = Simulator(schedule, graph, cost_model, mix)
+    timeline = simulator.timeline()
+    power = cost_model.power if cost_model.energy else None
+    period_us, joules, clock_mhz = timeline.period_us, timeline.joules, 0.0
+    if power is not None and timeline.source != "roofline":
+        clock, period_us = simulator.under_cap(power, period_us)
+        joules = power.joules_at(simulator.joules(), clock)
+        joules += power.base.static_w * period_us * 1e-6
+        clock_mhz = clock * power.max_clock_mhz
     return Timing(
         period_us=period_us,
         source="roofline" if timeline.source == "roofline" else "predicted",
@@ -304,10 +381,5 @@ def predict(schedule: Schedule, graph: OpGraph, cost_model: CostModel, mix: RowM
         p90_us=period_us,
         joules=joules * graph.tp_degree,
         watts=joules / period_us * 1e6,
+        sm_clock_mhz=clock_mhz,
     )
-
-
-def _joined(a_us: float, b_us: float) -> float:
-    """p-norm of two times that both have to pass."""
-    larger, smaller = max(a_us, b_us), min(a_us, b_us)
-    return larger * (1 + (smaller / larger) ** POWER_NORM) ** (1 / POWER_NORM)

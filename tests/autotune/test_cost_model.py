@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from nanoflow_tune.autotune.cost_model import CostModel, mix_of_rows
+from nanoflow_tune.autotune.power_model import FASTEST
 from nanoflow_tune.autotune.roofline import roofline_us
 from nanoflow_tune.profiler.profile import Profile
 from nanoflow_tune.runtime.op_shapes import op_of_shape
@@ -141,3 +142,26 @@ def test_thousands_of_estimates_take_less_than_a_second():
     for tokens in range(1, 3001):
         model.estimate(KQV, rows(tokens), 100, "cublas")
     assert time.perf_counter() - began < 1
+
+
+def test_variants_that_the_machine_lacks_are_not_chosen_but_estimated():
+    op = GRAPH.op("decode_attention")
+    rows = [
+        replace(row, point=replace(row.point, variant="guest"), median_us=0.5 * row.median_us)
+        for row in PROFILE.rows
+        if row.point.kind == op.kind
+    ]
+    profile = replace(PROFILE, rows=(*PROFILE.rows, *rows))
+    assert CostModel(profile, h200()).best(op, MIX, 132)[0] == "guest"
+    costs = CostModel(profile, h200(), lacking=("guest",))
+    assert costs.variants(op, 132) == ("triton",)
+    assert costs.best(op, MIX, 132)[0] == "triton"
+    assert costs.cheapest(op, MIX, (48, 132), costs.price(GRAPH, MIX))[0] == "triton"
+    at_guest, at_home = (costs.estimate(op, MIX, 132, name).us for name in ("guest", "triton"))
+    assert at_guest == pytest.approx(at_home / 2)
+
+
+def test_the_cheapest_at_no_price_is_the_fastest():
+    for op in GRAPH.layer:
+        variant, estimate = MODEL.best(op, MIX, 100)
+        assert MODEL.cheapest(op, MIX, (100,), FASTEST) == (variant, 100, estimate.us)

@@ -5,6 +5,7 @@ import pytest
 from nanoflow_tune.autotune.baselines import equal_split, sequential
 from nanoflow_tune.autotune.bounds import iteration_work
 from nanoflow_tune.autotune.cost_model import CostModel
+from nanoflow_tune.autotune.power_model import EXPONENT
 from nanoflow_tune.autotune.simulator import predict, simulate
 from nanoflow_tune.profiler.profile import EnergyModel
 from nanoflow_tune.runtime.schedule import unroll
@@ -93,24 +94,27 @@ def test_sequential_is_the_sum_of_its_ops():
     assert timing.watts == pytest.approx(timing.joules / timing.period_us * 1e6)
 
 
-def test_timeline_and_power_limit_are_joined():
-    """Far below the cap the timeline holds, far above it the joules do, between both press."""
+def test_the_clock_falls_until_joules_fit_under_the_cap():
+    """Far below the cap the timeline holds; above it watts are the cap, joules and time agree."""
     schedule = sequential(GRAPH, COSTS, MIX)
     timeline = simulate(schedule, GRAPH, COSTS, MIX)
 
-    def period_us(joules_per_flop):
+    def timing(joules_per_flop):
         costs = CostModel(linear_profile(GRAPH), h200())
         costs.energy = EnergyModel(
             static_w=100.0, joules_per_flop=joules_per_flop, joules_per_byte=0.0
         )
-        return predict(schedule, GRAPH, costs, MIX).period_us
+        return predict(schedule, GRAPH, costs, MIX)
 
     flops = iteration_work(GRAPH, MIX).flops
     frugal, hungry = 600.0 * 1e-6 * timeline.period_us / flops / 3, 5e-12
-    assert period_us(frugal) == pytest.approx(timeline.period_us, rel=1e-3)
-    assert period_us(hungry) >= 1e6 * hungry * flops / 600.0
-    both = period_us(3 * frugal)
-    assert timeline.period_us * 1.03 < both < timeline.period_us * 1.06
+    assert timing(frugal).period_us == pytest.approx(timeline.period_us, rel=1e-9)
+    assert timing(frugal).sm_clock_mhz == 1980.0
+    capped = timing(hungry)
+    assert capped.watts == pytest.approx(700.0, rel=1e-3)
+    dynamic = hungry * flops * (capped.sm_clock_mhz / 1980.0) ** EXPONENT
+    assert capped.joules == pytest.approx(dynamic + 100e-6 * capped.period_us, rel=1e-3)
+    assert timing(3 * frugal).period_us < timing(6 * frugal).period_us < capped.period_us
 
 
 def test_a_prediction_never_needs_more_power_than_the_cap_but_a_roofline_may():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from nanoflow_tune.autotune.cost_model import Estimate
+from nanoflow_tune.autotune.power_model import FASTEST, Price
 from nanoflow_tune.profiler.profile import EnergyModel
 from nanoflow_tune.runtime.op_graph import Dependency, Op, OpGraph, RowMix
 from nanoflow_tune.runtime.plan import NanoBatch, NanoOp, Schedule
@@ -54,6 +56,15 @@ class FixedCosts:
 
     def best(self, op: Op, mix: RowMix, num_sms: int) -> tuple[str, Estimate]:
         return "any", self.estimate(op, mix, num_sms, "any")
+
+    def cheapest(
+        self, op: Op, mix: RowMix, shares: Iterable[int], price: Price
+    ) -> tuple[str, int, float]:
+        us, share = min((self.estimate(op, mix, share, "any").us, share) for share in shares)
+        return "any", share, us
+
+    def price(self, graph: OpGraph, mix: RowMix) -> Price:
+        return FASTEST
 
     def slowdown(self, op_a: Op, num_sms_a: int, op_b: Op, num_sms_b: int) -> float:
         return self.pair_slowdown
