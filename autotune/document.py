@@ -58,6 +58,7 @@ def document(report: Report) -> dict[str, Any]:
         "race": [_race_row(report, candidate) for candidate in report.race],
         "certificate": dict(report.certificate),
         "sensitivity": report.sensitivity.as_dict() if report.sensitivity else None,
+        "what_ifs": [what_if.as_dict() for what_if in report.what_ifs],
         "ops": {role: [asdict(row) for row in rows] for role, rows in report.op_tables.items()},
         "verification": verification_rows(report.bucket),
         "provenance": dict(report.provenance),

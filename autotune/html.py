@@ -31,6 +31,7 @@ def render(values: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         _race(values),
         steps_section(values, _table),
         _bounds(values),
+        _what_ifs(values.get("what_ifs", ())),
         _sensitivity(values.get("sensitivity")),
         _ops(values),
         _figure("Throughput against SM share", images.get("sm_curves"), _CURVES_CAPTION),
@@ -162,6 +163,23 @@ def _bounds(values: Mapping[str, Any]) -> str:
     )
     table = _table(("bound", "ms", "of the plan's time"), rows)
     return f'<h2>What binds</h2>{table}<p>{escape(text)}</p><p class="muted">{escape(peak)}</p>'
+
+
+def _what_ifs(changes: Sequence[Mapping[str, Any]]) -> str:
+    """Empty without a power model, and for reports written before this was in them."""
+    if not changes:
+        return ""
+    rows = [
+        (
+            row["change"],
+            f"{row['period_us'] / 1e3:.3f}",
+            f"{100 * row['gain']:+.1f} %",
+            f"{row['sm_clock_mhz']}",
+        )
+        for row in changes
+    ]
+    table = _table(("the winner with", "predicted ms", "gain", "MHz"), rows)
+    return f"<h3>What would lift it</h3>{table}"
 
 
 def _sensitivity(moved: Mapping[str, Any] | None) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,8 @@ from .gpu_stage import Devices, GpuStage, find_devices, find_stage, why_not
 Effort = Literal["quick", "full"]
 DEFAULT_GPU = "h200"
 PROFILE_FOLDER = Path("nanoflow-out/profiles")
+OPTIONAL_LIBRARIES = {"flashinfer": ("flashinfer", "tvm_ffi")}
+"""Libraries that need not be installed: how names of their variants start, and their modules."""
 
 
 class ProfileMissingError(ValueError):
@@ -72,6 +75,15 @@ class ProfileChoice:
 
     profile: Profile | None
     title: str
+    lacking: tuple[str, ...] = ()
+    """Optional libraries whose kernels no plan may name."""
+
+    @property
+    def kernels(self) -> str:
+        """Which kernels plans choose from, in words."""
+        if not self.lacking:
+            return "all variants of the profile"
+        return f"this package's variants, without those of {', '.join(self.lacking)}"
 
 
 def resolve(options: TuneOptions, say: Callable[[str], None]) -> Job:
@@ -136,12 +148,28 @@ def _reasons(
 
 
 def choose_profile(options: TuneOptions, job: Job) -> ProfileChoice:
-    """The profile that the options mean.
+    """The profile that the options mean, and the kernels that may be chosen from it.
+
+    On a GPU host those of the libraries that are installed. Without a GPU all that a given profile
+    holds, as they were there where it was measured; of the shipped one only this package's own.
 
     Raises:
         ProfileMissingError: none is shipped for this GPU.
         ValueError: the file is damaged, or of another GPU.
     """
+    chosen = _choose_profile(options, job)
+    if job.stage is not None:
+        missing = tuple(
+            name
+            for name, modules in OPTIONAL_LIBRARIES.items()
+            if any(importlib.util.find_spec(module) is None for module in modules)
+        )
+        return replace(chosen, lacking=missing)
+    is_shipped = options.profile in ("auto", "shipped")
+    return replace(chosen, lacking=tuple(OPTIONAL_LIBRARIES)) if is_shipped else chosen
+
+
+def _choose_profile(options: TuneOptions, job: Job) -> ProfileChoice:
     hardware = job.hardware
     if options.profile == "roofline":
         return ProfileChoice(profile=None, title=f"the {hardware.name} datasheet (roofline)")

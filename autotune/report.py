@@ -15,6 +15,7 @@ from ..search_spaces.schema import HardwareSpec, ModelSpec
 from .capacity import DenseBatch
 from .op_table import GemmPeak, OpRow
 from .sensitivity import Sensitivity
+from .what_if import WhatIf
 
 _LIFTS = {
     "power": "at the power cap only joules per token count: fewer KV bytes, fewer passes over "
@@ -46,6 +47,8 @@ class Report:
     """Relative error of the energy model behind `power_limit_us`."""
     sensitivity: Sensitivity | None = None
     """What noise in the profile does to the shown plans; None without a profile."""
+    what_ifs: tuple[WhatIf, ...] = ()
+    """What would lift the winner's limit, and by how much."""
     provenance: Mapping[str, str] = field(default_factory=dict[str, str])
     """Hashes, versions, seed, profile header."""
     reasons: tuple[str, ...] = ()

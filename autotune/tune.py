@@ -43,6 +43,7 @@ from .search import SearchResult, pick_winner, search
 from .sensitivity import sensitivity
 from .trace import Track
 from .verification import verify
+from .what_if import what_ifs
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,7 +83,9 @@ def _run(options: TuneOptions, job: Job, console: Console, started: float) -> Re
     replaced = claim(folder, _identity(job), is_measured=job.stage is not None)
     chosen = choose_profile(options, job)
     say(console, "profile", chosen.title)
-    cost_model = CostModel(chosen.profile, job.hardware, job.model.torch_dtype)
+    cost_model = CostModel(
+        chosen.profile, job.hardware, job.model.torch_dtype, lacking=chosen.lacking
+    )
     with staging(folder) as aside:
         result = _search(options, job, cost_model, aside, console)
         plan = _plan(job, chosen.profile, result)
@@ -235,7 +238,7 @@ def _report(
     tracks: Mapping[str, Track],
 ) -> Report:
     candidates, mix = shown(plan.buckets[0]), job.batch.mix
-    settings = {"effort": options.effort, "seed": options.seed}
+    settings = {"effort": options.effort, "seed": options.seed, "kernels": chosen.kernels}
     plans = {
         "sequential": result.sequential.schedule,
         "best overlapped": result.best_overlapped.schedule,
@@ -257,6 +260,7 @@ def _report(
         profile=chosen.title,
         power_limit_error=cost_model.energy.relative_error if cost_model.energy else 0.0,
         sensitivity=sensitivity(cost_model, job.graph, mix, plans, seed=options.seed),
+        what_ifs=what_ifs(result.winner.schedule, job.graph, cost_model, mix),
         provenance=provenance(plan.inputs, chosen.profile, settings),
         reasons=job.reasons,
         commit=commit(),
