@@ -316,6 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=3600.0, help="of trace (%(default)g)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commit", default="", help="of the source; default: git's")
     parser.add_argument("--out", type=Path, default=FIGURES, help="figures file (%(default)s)")
     options = parser.parse_args(arguments)
     verdict = soak(options.seconds, options.seed)
@@ -330,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command=recorded_command(
             "trace_soak", arguments if arguments is not None else sys.argv[1:]
         ),
-        commit=this_commit(),
+        commit=options.commit or this_commit(),
         gpu="cpu",
         date=datetime.date.today().isoformat(),
     )

@@ -206,13 +206,15 @@ class Scheduler:
         return "length" if sequence.num_generated >= sampling.max_tokens else None
 
     def _form_decodes(self, forming: _Forming, max_rows: int) -> None:
+        decodes, page_size = forming.decodes, self.pool.page_size
         for sequence in tuple(self.running):
-            if len(forming.decodes) == max_rows:
+            if len(decodes) == max_rows:
                 return
             if sequence.state != "running" or not sequence.can_decode:
                 continue
-            if self._grow(sequence, sequence.num_computed + 1, forming):
-                forming.decodes.append(sequence)
+            has_room = sequence.num_computed < len(sequence.pages) * page_size
+            if has_room or self._grow(sequence, sequence.num_computed + 1, forming):
+                decodes.append(sequence)
 
     def _grow(self, sequence: Sequence, num_tokens: int, forming: _Forming) -> bool:
         """Give a sequence pages for `num_tokens`, taken from later arrivals when none are free."""

@@ -33,29 +33,27 @@ class Sequence:
     """Tokens sampled by issued steps and not known yet."""
     swap_key: int = -1
     num_swapped_pages: int = 0
+    num_prompt_tokens: int = field(init=False)
+    """Length of the prompt; a field, as are the others that every step reads."""
+    max_tokens: int = field(init=False)
+    """Most tokens it may generate."""
 
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Length of the prompt."""
-        return len(self.request.prompt_token_ids)
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.request.prompt_token_ids)
+        self.max_tokens = self.request.sampling.max_tokens
 
     @property
     def num_generated(self) -> int:
         """Known generated tokens."""
-        return len(self.token_ids) - len(self.request.prompt_token_ids)
-
-    @property
-    def max_tokens(self) -> int:
-        """Most tokens it may generate."""
-        return self.request.sampling.max_tokens
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def is_prefilling(self) -> bool:
         """Prompt tokens are left to compute."""
-        return self.num_computed < len(self.request.prompt_token_ids)
+        return self.num_computed < self.num_prompt_tokens
 
     @property
     def can_decode(self) -> bool:
         """Past its prompt, with a token left to generate beyond those in flight."""
-        generated = len(self.token_ids) - len(self.request.prompt_token_ids)
-        return not self.is_prefilling and generated + self.num_in_flight < self.max_tokens
+        generated = len(self.token_ids) - self.num_prompt_tokens + self.num_in_flight
+        return self.num_computed >= self.num_prompt_tokens and generated < self.max_tokens
