@@ -4,21 +4,21 @@
       -> (with a GPU) measure the race, then Optuna on the hardware -> winner
 
 The sequential schedule is always in the race. An overlapped one wins on predictions only when it
-is more than `PREDICTED_MARGIN` faster, because predictions are no better than that; on
-measurements only when it measured faster by more than `MEASURED_MARGIN`. The best overlapped
+is more than `race.PREDICTED_MARGIN` faster, because predictions are no better than that; on
+measurements only when it measured faster by more than `race.MEASURED_MARGIN`. The best overlapped
 schedule is reported either way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
 from ..runtime.legality import check
 from ..runtime.op_graph import OpGraph, RowMix
 from ..runtime.plan import Candidate, Schedule
-from ..runtime.schedule import IllegalScheduleError, concurrent_pairs
+from ..runtime.schedule import IllegalScheduleError
 from ..search_spaces.schema import HardwareSpec, SearchSpace
 from .baselines import (
     PingPongChoice,
@@ -31,18 +31,18 @@ from .baselines import (
     whole_gpu_choice,
 )
 from .bounds import lower_bound_us, power_limit_of, what_binds
+from .certificate import MOST_BATCHES, SpaceBound, space_bound
 from .cost_model import CostModel
+from .many_batches import round_robins
 from .milp import Certificate
 from .patterns import COMPUTE, MEMORY, NETWORK
+from .profile_faults import profile_warnings
+from .race import best_overlapped, distinct, pick_winner, summary, why_it_won
+from .race import overlaps as overlaps
 from .refine import Family, Measure, placed_of, refine
 from .simulator import predict
 from .structure import find_structure
 
-PREDICTED_MARGIN = 0.02
-"""A schedule must be predicted faster than the sequential one by more than this part to win: the
-error of predictions against the measured iterations in results/."""
-MEASURED_MARGIN = 0.005
-"""The same for measured ones: medians of one interleaved run repeat to about this part."""
 MEASURED_FROM_SIMULATOR = 4
 """Best refined schedules of the simulator that are measured."""
 
@@ -57,6 +57,8 @@ class SearchResult:
     race: tuple[Candidate, ...]
     """Sequential first, then by best known time."""
     certificate: Certificate
+    space_bound: SpaceBound
+    """What no plan of the declared space is predicted to beat."""
     lower_bound_us: float
     power_limit_us: float
     """0 where no energy model is known."""
@@ -64,6 +66,8 @@ class SearchResult:
     """`compute`, `memory`, `network` or `power`."""
     history: tuple[tuple[int, str, float], ...]
     """(number, schedule name, period in us) of everything tried, in order."""
+    stages: tuple[str, ...]
+    """What each stage decided and rejected, and why."""
     seed: int
 
 
@@ -85,6 +89,12 @@ class _Search:
     on_progress: Callable[[str], None]
     measure: Measure | None
     tried: list[Candidate]
+    stages: list[str]
+
+    def tell(self, text: str) -> None:
+        """Say what happened, and keep it for the report."""
+        self.stages.append(text)
+        self.on_progress(text)
 
     def add(self, schedule: Schedule) -> Candidate:
         """Check and predict a schedule, and enter it into the race."""
@@ -201,16 +211,59 @@ class _Search:
             least_batches=least_batches,
         )
         if found is not None and not self.is_legal(found):
-            self.on_progress("structure MILP: its shares fit in pairs only, left out")
+            self.tell("structure MILP: its shares fit in pairs only, left out")
             found = None
         if found is not None:
             self.add(found)
-        self.on_progress(
+        self.tell(
             f"structure MILP: {certificate.status}, layer {certificate.period_us:.0f} us, bound "
             f"{certificate.bound_us:.0f} us, gap {100 * certificate.gap:.1f} %, "
             f"{certificate.seconds:.1f} s"
         )
         return found, certificate
+
+    @property
+    def best_us(self) -> float:
+        """Shortest predicted period so far."""
+        return min(candidate.predicted.period_us for candidate in self.tried)
+
+    def bound(self, most_batches: int) -> SpaceBound:
+        """Bound the declared space, by number of nano-batches."""
+        base = next(c for c in self.tried if c.schedule.name == "sequential")
+        is_powered = self.cost_model.power is not None and base.predicted.source != "roofline"
+        return space_bound(
+            self.graph,
+            self.cost_model,
+            self.space,
+            self.mix,
+            best_us=self.best_us,
+            is_powered=is_powered,
+            most_batches=most_batches,
+        )
+
+    def round_robins(self, bound: SpaceBound) -> None:
+        """Try each number of nano-batches that the bound lets beat what is known."""
+        for count in bound.counts[1:]:
+            name = f"{count.num_nano_batches} nano-batches"
+            at_best = f"at best {count.bound_us / 1e3:.2f} ms against {self.best_us / 1e3:.2f} ms"
+            if count.bound_us >= self.best_us:
+                self.tell(f"{name}: rejected by the bound, {at_best}")
+                continue
+            family = round_robins(self.graph, self.cost_model, self.space, self.mix, count)
+            found = [
+                Candidate(schedule=s, predicted=predict(s, self.graph, self.cost_model, self.mix))
+                for s in family
+                if self.is_legal(s)
+            ]
+            if not found:
+                self.tell(f"{name}: not rejected by the bound ({at_best}), but none finds places")
+                continue
+            best = min(found, key=lambda candidate: candidate.predicted.period_us)
+            self.tried.append(best)
+            self.tell(
+                f"{name}: not rejected by the bound ({at_best}); best of {len(found)} round robins "
+                f"{best.predicted.period_us / 1e3:.2f} ms"
+            )
 
     def refine(self, structure: Schedule | None, choices: Sequence[PingPongChoice]) -> None:
         """Optuna on the simulator, around the structure, the best ping-pong and the equal split."""
@@ -279,6 +332,7 @@ def search(
     storage: str | None = None,
     on_progress: Callable[[str], None] = _silent,
     measure: Measure | None = None,
+    most_batches: int = MOST_BATCHES,
 ) -> SearchResult:
     """Find the fastest schedule of one dense batch.
 
@@ -292,6 +346,7 @@ def search(
         storage: Optuna storage URL, to resume from and to look at.
         on_progress: told what happens, in words.
         measure: times schedules on the GPU, all of them interleaved in one sustained run.
+        most_batches: largest number of nano-batches that round robins and bound look at.
     """
     run = _Search(
         graph=graph,
@@ -304,80 +359,42 @@ def search(
         on_progress=on_progress,
         measure=measure,
         tried=[],
+        stages=[],
     )
+    for warning in profile_warnings(cost_model.profile, graph) if cost_model.profile else ():
+        run.tell(f"warning: {warning}")
     run.baselines()
     choices = run.best_ping_pongs()
-    on_progress(f"baselines: {_summary(run.tried)}")
+    run.tell(f"baselines: {summary(run.tried)}")
     structure, certificate = run.structures(tuple(run.tried))
+    bound = run.bound(most_batches)
+    run.round_robins(bound)
     run.refine(structure, choices)
+    bound = bound.against(run.best_us)
     race = distinct(run.tried)
     lower = lower_bound_us(graph, mix, hardware, cost_model.dtype)
     power_us = power_limit_of(graph, mix, cost_model)
     base = next(c for c in race if c.schedule.name == "sequential")
     others = sorted((c for c in race if c is not base), key=lambda c: c.best_known.period_us)
+    run.tell(
+        f"bound of the space: {bound.bound_us / 1e3:.2f} ms over {bound.num_cuts} cuts, "
+        f"{100 * bound.gap:.1f} % below the best prediction; {bound.binds}"
+    )
     result = SearchResult(
         winner=pick_winner(base, others),
         sequential=base,
         best_overlapped=best_overlapped(others, graph),
         race=(base, *others),
         certificate=certificate,
+        space_bound=bound,
         lower_bound_us=lower[0],
         power_limit_us=power_us,
         bound=what_binds(lower, power_us),
         history=tuple(
             (number, c.schedule.name, c.best_known.period_us) for number, c in enumerate(run.tried)
         ),
+        stages=(*run.stages, f"race: {why_it_won(base, others)}"),
         seed=seed,
     )
-    on_progress(f"winner: {result.winner.schedule.name}; {_summary(result.race)}")
+    on_progress(f"winner: {result.winner.schedule.name}; {summary(result.race)}")
     return result
-
-
-def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Each schedule once, under its first name, with its latest measurement."""
-    found: dict[object, Candidate] = {}
-    for candidate in candidates:
-        key = candidate.schedule.nano_batches, candidate.schedule.nano_ops
-        known = found.get(key)
-        if known is None:
-            found[key] = candidate
-        elif candidate.measured is not None:
-            found[key] = replace(known, measured=candidate.measured)
-    return list(found.values())
-
-
-def pick_winner(base: Candidate, others: Sequence[Candidate]) -> Candidate:
-    """The fastest candidate that is allowed to win against the sequential one."""
-    has_measured = base.measured is not None
-    margin = MEASURED_MARGIN if has_measured else PREDICTED_MARGIN
-    limit_us = base.best_known.period_us * (1 - margin)
-    rivals = [c for c in others if (c.measured is not None) == has_measured]
-    best = min(rivals, key=lambda c: c.best_known.period_us, default=base)
-    return best if best.best_known.period_us < limit_us else base
-
-
-def best_overlapped(candidates: Sequence[Candidate], graph: OpGraph) -> Candidate:
-    """The fastest with two nano-batches and two lanes of which some ops can run at once.
-
-    Measured ones come first when there are any.
-    """
-    overlapped = [c for c in candidates if c.schedule.is_overlapped]
-    measured = [c for c in overlapped if c.measured is not None] or overlapped
-    ranked = sorted(measured, key=lambda c: c.best_known.period_us)
-    return next((c for c in ranked if overlaps(c.schedule, graph)), ranked[0])
-
-
-def overlaps(schedule: Schedule, graph: OpGraph) -> bool:
-    """Whether any two nano-ops can run at the same time."""
-    try:
-        return bool(concurrent_pairs(schedule, graph))
-    except IllegalScheduleError:
-        return False
-
-
-def _summary(candidates: Sequence[Candidate]) -> str:
-    best: dict[str, float] = {}
-    for candidate in candidates:
-        name, us = candidate.schedule.name, candidate.best_known.period_us
-        best[name] = min(us, best.get(name, us))
-    return ", ".join(f"{name} {us / 1000:.2f} ms" for name, us in best.items())

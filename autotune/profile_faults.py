@@ -1,0 +1,113 @@
+"""What is wrong with a profile before a search believes it: contradictions, gaps, odd curves.
+
+refused   two rows of one point that differ more than `MAX_RATIO` times; no rows of any GEMM
+warned    an op of the graph without rows of its kind (the datasheet stands in), a kind that was
+          measured on one SM share only (others are scaled by the datasheet), a kernel whose
+          throughput falls by more than `MAX_FALL` where it gets more SMs
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import pairwise
+
+from ..profiler.profile import Profile, Row
+from ..runtime.op_graph import GEMM_KINDS, OpGraph
+
+MAX_RATIO = 3.0
+MAX_FALL = 0.3
+NAMED_ROWS = 3
+"""Rows that a warning names; the others are counted."""
+
+
+class ContradictoryProfileError(ValueError):
+    """No search can believe this profile."""
+
+
+def profile_warnings(profile: Profile, graph: OpGraph) -> list[str]:
+    """What a reader should know about the times that a search will use.
+
+    Args:
+        profile: as loaded.
+        graph: of the model that is searched.
+
+    Raises:
+        ContradictoryProfileError: with the rows, the rule and the remedy.
+    """
+    rows = [row for row in profile.usable_rows if row.source == "measured"]
+    _refuse_contradictions(rows)
+    kinds = {row.point.kind for row in profile.usable_rows}
+    if not kinds.intersection(GEMM_KINDS):
+        raise ContradictoryProfileError(
+            "a profile must hold rows of GEMMs, but this one has rows of "
+            f"{', '.join(sorted(kinds)) or 'nothing'}; profile the model, or search on "
+            "--profile roofline"
+        )
+    return [*_missing(kinds, graph), *_single_shares(rows, graph), *_falling(rows)]
+
+
+def _name(row: Row) -> str:
+    point = row.point
+    keys = f", {point.kv_len} keys" if point.kv_len else ""
+    return (
+        f"{point.kind} {point.shape} {point.variant} {point.tokens} tokens{keys} on "
+        f"{point.num_sms} SMs ({row.median_us:g} us)"
+    )
+
+
+def _named(rows: list[str]) -> str:
+    more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
+    return "; ".join(rows[:NAMED_ROWS]) + more
+
+
+def _refuse_contradictions(rows: list[Row]) -> None:
+    of_point = defaultdict[object, list[Row]](list)
+    for row in rows:
+        of_point[row.point].append(row)
+    for same in of_point.values():
+        low = min(same, key=lambda row: row.median_us)
+        high = max(same, key=lambda row: row.median_us)
+        if high.median_us > MAX_RATIO * low.median_us:
+            raise ContradictoryProfileError(
+                f"rows of one point must agree within {MAX_RATIO:g} times, but got {_name(low)} "
+                f"and {high.median_us:g} us; delete the wrong row, or profile that point again"
+            )
+
+
+def _missing(kinds: set[str], graph: OpGraph) -> list[str]:
+    ops = [op.name for op in graph.layer if op.kind not in kinds]
+    if not ops:
+        return []
+    return [f"profile has no rows for {', '.join(ops)}: their times come from the datasheet"]
+
+
+def _single_shares(rows: list[Row], graph: OpGraph) -> list[str]:
+    shares = defaultdict[str, set[int]](set)
+    for row in rows:
+        if row.point.num_sms:
+            shares[row.point.kind].add(row.point.num_sms)
+    wanted = {op.kind for op in graph.layer}
+    return [
+        f"profile has {kind} on {min(found)} SMs only: its times on other shares are scaled by the "
+        "datasheet, and an overlap with it is a guess"
+        for kind, found in sorted(shares.items())
+        if kind in wanted and len(found) == 1
+    ]
+
+
+def _falling(rows: list[Row]) -> list[str]:
+    curves = defaultdict[object, list[Row]](list)
+    for row in rows:
+        point = row.point
+        if point.num_sms:
+            key = point.kind, point.shape, point.variant, point.tokens, point.kv_len
+            curves[key].append(row)
+    odd: list[str] = []
+    for curve in curves.values():
+        for few, many in pairwise(sorted(curve, key=lambda row: row.point.num_sms)):
+            is_more = few.point.num_sms < many.point.num_sms
+            if is_more and few.median_us < (1 - MAX_FALL) * many.median_us:
+                odd.append(f"{_name(many)} against {few.median_us:g} us on {few.point.num_sms} SMs")
+    if not odd:
+        return []
+    return [f"throughput falls by more than {MAX_FALL:.0%} with more SMs: {_named(odd)}"]

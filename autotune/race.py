@@ -1,0 +1,95 @@
+"""Who wins the race: candidates once each, the margin a winner needs, the best overlapped one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from ..runtime.op_graph import OpGraph
+from ..runtime.plan import Candidate, Schedule
+from ..runtime.schedule import IllegalScheduleError, concurrent_pairs
+
+PREDICTED_MARGIN = 0.02
+"""A schedule must be predicted faster than the sequential one by more than this part to win: the
+error of predictions against the measured iterations in results/."""
+MEASURED_MARGIN = 0.005
+"""The same for measured ones: medians of one interleaved run repeat to about this part."""
+BASELINES = "nano_only", "equal_split"
+"""Schedules that need no search, beside the sequential one."""
+
+
+def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Each schedule once, under its first name, with its latest measurement."""
+    found: dict[object, Candidate] = {}
+    for candidate in candidates:
+        key = candidate.schedule.nano_batches, candidate.schedule.nano_ops
+        known = found.get(key)
+        if known is None:
+            found[key] = candidate
+        elif candidate.measured is not None:
+            found[key] = replace(known, measured=candidate.measured)
+    return list(found.values())
+
+
+def reference_of(base: Candidate, others: Sequence[Candidate]) -> Candidate:
+    """What has to be beaten: the sequential plan or, predicted, a faster baseline without search.
+
+    Measured, only the sequential plan counts: the others repeat to no better than the margin.
+    """
+    if base.measured is not None:
+        return base
+    known = [c for c in others if c.schedule.name in BASELINES and c.measured is None]
+    return min((base, *known), key=lambda c: c.best_known.period_us)
+
+
+def pick_winner(base: Candidate, others: Sequence[Candidate]) -> Candidate:
+    """The fastest candidate that is allowed to win against the baselines, or the best of those."""
+    has_measured = base.measured is not None
+    margin = MEASURED_MARGIN if has_measured else PREDICTED_MARGIN
+    reference = reference_of(base, others)
+    limit_us = reference.best_known.period_us * (1 - margin)
+    rivals = [c for c in others if (c.measured is not None) == has_measured]
+    best = min(rivals, key=lambda c: c.best_known.period_us, default=base)
+    return best if best.best_known.period_us < limit_us else reference
+
+
+def why_it_won(base: Candidate, others: Sequence[Candidate]) -> str:
+    """The winner against the sequential plan and the fastest of the others, in words."""
+    winner = pick_winner(base, others)
+    ranked = [c for c in others if c is not winner]
+    best = min(ranked, key=lambda c: c.best_known.period_us, default=base)
+    ratio = best.best_known.period_us / winner.best_known.period_us
+    text = f"{winner.schedule.name} wins; the next, {best.schedule.name}, takes {ratio:.3f} times"
+    if ratio < 1:
+        margin = MEASURED_MARGIN if base.measured is not None else PREDICTED_MARGIN
+        text += f" as long, within the {100 * margin:.1f} % by which it would have to be faster"
+        return text
+    return f"{text} as long"
+
+
+def best_overlapped(candidates: Sequence[Candidate], graph: OpGraph) -> Candidate:
+    """The fastest with two nano-batches and two lanes of which some ops can run at once.
+
+    Measured ones come first when there are any.
+    """
+    overlapped = [c for c in candidates if c.schedule.is_overlapped]
+    measured = [c for c in overlapped if c.measured is not None] or overlapped
+    ranked = sorted(measured, key=lambda c: c.best_known.period_us)
+    return next((c for c in ranked if overlaps(c.schedule, graph)), ranked[0])
+
+
+def overlaps(schedule: Schedule, graph: OpGraph) -> bool:
+    """Whether any two nano-ops can run at the same time."""
+    try:
+        return bool(concurrent_pairs(schedule, graph))
+    except IllegalScheduleError:
+        return False
+
+
+def summary(candidates: Sequence[Candidate]) -> str:
+    """The best period of each kind of schedule, in one line."""
+    best: dict[str, float] = {}
+    for candidate in candidates:
+        name, us = candidate.schedule.name, candidate.best_known.period_us
+        best[name] = min(us, best.get(name, us))
+    return ", ".join(f"{name} {us / 1000:.2f} ms" for name, us in best.items())
