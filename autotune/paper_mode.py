@@ -2,10 +2,11 @@
 
 LLaMA-2-70B on 8 x A100 80GB with 2048 rows, durations and R-to-P table as in `paper_costs.py`.
 Predicted alike: sequential, the pipeline of the paper's figure 6, that pipeline with shares of our
-own (`paper_shares.py`), and the plan of the search that the main job runs. Beside them stands what
-the paper measured. The durations are of 512/1024 (table 2); for other workloads attention is
-scaled by keys (decode) and rows (prefill). Predictions leave out whatever is not a GEMM, attention
-or a collective, so sequential comes out above the paper's own non-overlapped run.
+own (`paper_shares.py`), and the plan of the search that the main job runs, whose structures get
+their shares in the same way. Beside them stands what the paper measured. The durations are of
+512/1024 (table 2); for other workloads attention is scaled by keys (decode) and rows (prefill).
+Predictions leave out whatever is not a GEMM, attention or a collective, so sequential comes out
+above the paper's own non-overlapped run.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .capacity import row_mix
 from .paper_costs import TENTHS, PaperCosts
 from .paper_shares import climb
 from .patterns import COMPUTE, MEMORY, NETWORK, split_batches
-from .search import search
+from .search import SearchResult, search
 from .simulator import predict
 
 NUM_GPUS = 8
@@ -90,12 +91,14 @@ class PaperResult:
     sequential_us: float
     figure_6_us: float
     search_us: float
-    """The winner of the search that the main job runs."""
+    """The winner of the main job's search, once the shares of its structures were climbed."""
     search_plan: str
     shares_us: float
     """Figure 6's structure with our shares."""
     measured: PaperFigures | None
     """None for workloads that the paper has no figures of."""
+    bound_us: float = 0.0
+    """What no plan of one to four nano-batches, all ops cut at the same rows, can beat."""
 
     @property
     def found_us(self) -> float:
@@ -172,16 +175,34 @@ def run_paper(
     mix = row_mix(workload, TOKENS)
     drawn = figure_6(graph, mix)
     found = search(graph, costs, costs.hardware, space, mix, seed=seed, on_progress=on_progress)
+    best = found.winner.schedule
+    best_us = found.winner.predicted.period_us
+    for schedule in best_of_each_kind(found):
+        climbed = climb(schedule, graph, costs, mix)
+        us = predict(climbed, graph, costs, mix).period_us
+        on_progress(f"shares of {schedule.name}: {us / 1e3:.1f} ms")
+        if us < best_us:
+            best, best_us = climbed, us
     return PaperResult(
         workload=workload.name,
         decode_tokens=mix.decode_tokens,
         sequential_us=found.sequential.predicted.period_us,
         figure_6_us=predict(drawn, graph, costs, mix).period_us,
-        search_us=found.winner.predicted.period_us,
-        search_plan=found.winner.schedule.name,
+        search_us=best_us,
+        search_plan=best.name,
+        bound_us=found.space_bound.bound_us,
         shares_us=predict(climb(drawn, graph, costs, mix), graph, costs, mix).period_us,
         measured=MEASURED.get((workload.prompt_tokens, workload.decode_tokens)),
     )
+
+
+def best_of_each_kind(found: SearchResult) -> list[Schedule]:
+    """The fastest overlapped schedule of each name."""
+    best: dict[str, Schedule] = {}
+    for candidate in sorted(found.race, key=lambda c: c.predicted.period_us):
+        if candidate.schedule.is_overlapped:
+            best.setdefault(candidate.schedule.name, candidate.schedule)
+    return list(best.values())
 
 
 def tokens_per_s_per_gpu(period_us: float) -> float:
@@ -210,6 +231,8 @@ def paper_document(result: PaperResult) -> dict[str, Any]:
             name: round(tokens_per_s_per_gpu(us), 1) for name, us in periods.items()
         },
         "search_plan": result.search_plan,
+        "bound_us": round(result.bound_us, 1),
+        "search_over_figure_6": round(result.search_us / result.figure_6_us, 4),
         "found_over_figure_6": round(result.found_us / result.figure_6_us, 4),
         "paper_measured": asdict(result.measured) if result.measured else None,
     }
