@@ -228,7 +228,7 @@ class Engine:
     def _max_rows(self) -> int:
         limit_s = self.config.latency.tpot_s
         if limit_s is None:
-            return self._book.max_rows
+            return max(self._book.target_rows, len(self._scheduler.running))
         return self._book.rows_within(limit_s, self._time.measured_s)
 
     def _size_of(self, rows: int) -> int:

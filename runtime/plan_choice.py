@@ -81,6 +81,8 @@ class PlanBook:
         self._remark = remark or "no plan"
         self._plan = plan
         self._sizes = sorted(sequential)
+        self.target_rows = plan.buckets[0].dense_batch_tokens if plan else self._sizes[-1]
+        """The constant dense batch: the plan's own bucket comes first in it."""
         self._sequential = dict(sequential)
         self._winners: dict[int, Choice] = {}
         for index, bucket in enumerate(plan.buckets if plan is not None else ()):
@@ -108,6 +110,7 @@ class PlanBook:
             bucket = _nearest_size(plan, rows)
             sequential[rows] = _sequential_choice(bucket, rows)
         book = cls(sequential, None if remark else plan, remark)
+        book.target_rows = plan.buckets[0].dense_batch_tokens
         for choice in book.choices.values():
             check(choice.schedule, graph, hardware.num_sms, hardware.sm_granularity)
         return book

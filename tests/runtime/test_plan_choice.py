@@ -78,3 +78,10 @@ def test_measured_times_scale_the_predicted_ones():
     assert book.step_s(32, {64: 4e-3}) == pytest.approx(2e-3)
     assert book.rows_within(2.5e-3, {64: 4e-3}) == 32
     assert book.rows_within(1e-9, {}) == 16
+
+
+def test_the_dense_batch_aims_at_the_plans_own_bucket_whatever_larger_ones_there_are():
+    buckets = (bucket(GRAPH, 32, 16), bucket(GRAPH, 64, 32))
+    for remark in ("", "close"):
+        book = book_of(buckets=buckets, remark=remark)
+        assert (book.target_rows, book.max_rows) == (32, 64)
