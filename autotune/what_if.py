@@ -1,7 +1,8 @@
 """What would lift the limit that a plan runs into: its predicted period under changed conditions.
 
 Each change is put into the model that predicts the plan (`simulator.py`, `power_model.py`); the
-schedule stays as it is, so that a search anew could gain more.
+schedule stays as it is, so that a search anew could gain more. No kernel is predicted faster than
+its measured burst, so that the gain of a higher cap is a lower bound.
 """
 
 from __future__ import annotations
