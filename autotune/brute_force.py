@@ -23,7 +23,7 @@ PRECISION = 1e-7
 
 
 @dataclass(frozen=True, slots=True)
-class _Wait:
+class Wait:
     """`after` starts no earlier than `height` periods before the end of `before`."""
 
     before: int
@@ -44,8 +44,8 @@ def shortest_period_us(instance: Instance) -> float:
             for apart in _separations(instance, shares):
                 for order, stages in structures:
                     waits = _waits(instance, order, stages, apart)
-                    if _is_feasible(waits, times, best * (1 - PRECISION)):
-                        best = max(floor_us, _least_period_us(waits, times, best))
+                    if is_feasible(waits, times, best * (1 - PRECISION)):
+                        best = max(floor_us, least_period_us(waits, times, best))
                 if floor_us >= best:
                     break
     return best
@@ -102,18 +102,18 @@ def _separations(instance: Instance, shares: Sequence[int]) -> Iterator[set[tupl
 
 def _waits(
     instance: Instance, position: Sequence[int], stages: Sequence[int], apart: set[tuple[int, int]]
-) -> list[_Wait]:
+) -> list[Wait]:
     waits = [
-        _Wait(e.before, e.after, e.layer_distance + stages[e.after] - stages[e.before])
+        Wait(e.before, e.after, e.layer_distance + stages[e.after] - stages[e.before])
         for e in instance.edges
     ]
     for i, j in apart:
         first, second = (i, j) if position[i] < position[j] else (j, i)
-        waits += [_Wait(first, second, 0), _Wait(second, first, 1)]
+        waits += [Wait(first, second, 0), Wait(second, first, 1)]
     return waits
 
 
-def _is_feasible(waits: Sequence[_Wait], times: Sequence[float], period_us: float) -> bool:
+def is_feasible(waits: Sequence[Wait], times: Sequence[float], period_us: float) -> bool:
     """Whether a period of this length keeps all waits: no cycle is longer (Bellman-Ford)."""
     if period_us == float("inf"):
         return True
@@ -130,12 +130,14 @@ def _is_feasible(waits: Sequence[_Wait], times: Sequence[float], period_us: floa
     return False
 
 
-def _least_period_us(waits: Sequence[_Wait], times: Sequence[float], known_us: float) -> float:
-    """The least feasible period, by halving."""
+def least_period_us(
+    waits: Sequence[Wait], times: Sequence[float], known_us: float = float("inf")
+) -> float:
+    """The least feasible period, by halving; of some that are known to be feasible, if any."""
     low, high = 0.0, min(known_us, sum(times) + 1e-9)
     while high - low > PRECISION * high:
         middle = (low + high) / 2
-        low, high = (low, middle) if _is_feasible(waits, times, middle) else (middle, high)
+        low, high = (low, middle) if is_feasible(waits, times, middle) else (middle, high)
     return high
 
 

@@ -58,6 +58,10 @@ class Certificate:
     num_binaries: int
     """Integer variables."""
     solver: str
+    simulated_us: float = 0.0
+    """Steady time of one layer of the found schedule in the simulator; 0 without a schedule."""
+    same_interference_us: float = 0.0
+    """The same by the MILP's constraints, with the simulated time of each nano-op."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from ..runtime.schedule import IllegalScheduleError
 from ..search_spaces.schema import SearchSpace
 from .cost_model import CostModel
 from .milp import Certificate, Model, Solution, issue_order, phases
+from .milp_agreement import agreement
 from .milp_input import Split, build_instance, split_candidates
 from .milp_start import start_from
 from .patterns import Placed, batch_mix, build_schedule, macro_ops, split_batches
@@ -57,7 +58,12 @@ def find_structure(
         schedule = schedule_of(solution, splits[solution.split], graph, cost_model, mix)
     except IllegalScheduleError:  # its shares find no places, in any order
         return None, certificate
-    return schedule, certificate
+    both = agreement(schedule, graph, cost_model, mix)
+    return schedule, replace(
+        certificate,
+        simulated_us=both.simulated_us,
+        same_interference_us=both.same_interference_us,
+    )
 
 
 def schedule_of(
