@@ -121,6 +121,11 @@ def test_a_checkpoint_is_served_like_transformers_generates(
             for _ in range(2)
         ]
         assert drawn[0] == drawn[1] != expected
+        logprobs = client.completions.create(**request, logprobs=2).choices[0].logprobs
+        assert len(logprobs.tokens) == MAX_TOKENS
+        for logprob, top in zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+            assert logprob == pytest.approx(max(top.values()))  # greedy
+            assert logprob < 0
         page = httpx.get(f"{url}/metrics").text
         assert "nanoflow_generated_tokens_total" in page
         client.close()
