@@ -180,16 +180,23 @@ def _batch(
     model: ModelSpec, hardware: HardwareSpec, workload: WorkloadSpec, num_gpus: int, tokens: int
 ) -> DenseBatch:
     mix = row_mix(workload, tokens)
+    memory = memory_use(model, hardware, num_gpus, mix, workload.prompt_tokens)
+    return DenseBatch(mix=mix, memory=memory)
+
+
+def memory_use(
+    model: ModelSpec, hardware: HardwareSpec, num_gpus: int, mix: RowMix, prompt_tokens: float
+) -> MemoryUse:
+    """Bytes of one GPU under a dense batch whose prompts have this mean length."""
     # Prompts in this iteration, and one that is cut by its end.
-    prompts = mix.prefill_tokens + workload.prompt_tokens if mix.prefill_tokens else 0.0
+    prompts = mix.prefill_tokens + prompt_tokens if mix.prefill_tokens else 0.0
     kv_tokens = mix.decode_tokens * mix.decode_context_tokens + prompts
-    memory = MemoryUse(
+    return MemoryUse(
         memory_bytes=hardware.memory_bytes,
         weight_bytes=rank_weight_bytes(model, num_gpus),
-        activation_bytes=activation_bytes(model, num_gpus, tokens),
+        activation_bytes=activation_bytes(model, num_gpus, round(mix.tokens)),
         kv_bytes=round(kv_tokens * model.kv_bytes_per_token / num_gpus),
     )
-    return DenseBatch(mix=mix, memory=memory)
 
 
 def _remedy(model: ModelSpec, hardware: HardwareSpec, num_gpus: int) -> str:
