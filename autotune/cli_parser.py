@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..profiler.profile import ALL_PARTS
+from .book_grid import check_sizes
 from .tool_parsers import add_tool_parsers
 
 
@@ -70,6 +71,12 @@ def _add_job_flags(parser: argparse.ArgumentParser, *, is_model_required: bool =
     add("--output-dir", type=Path, help="default: nanoflow-out/<model>-<gpu>-<workload>-tp<N>")
     add("--effort", choices=("quick", "full"), default="quick", help="(%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
+    add(
+        "--buckets",
+        type=_buckets,
+        metavar="main|TOKENS,...",
+        help="sizes of the plan book, or the workload's own batch alone (default: 128 to 4096)",
+    )
     _add_output_flags(parser)
 
 
@@ -115,6 +122,19 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _degrees(text: str) -> tuple[int, ...]:
     return tuple(_positive(part) for part in text.split(","))
+
+
+def _buckets(text: str) -> tuple[int, ...]:
+    if text == "main":
+        return ()
+    try:
+        sizes = tuple(sorted({int(part) for part in _names(text)}))
+        check_sizes(sizes)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(str(err)) from err
+    if not sizes:
+        raise argparse.ArgumentTypeError("must be main or sizes, e.g. 512,1024,2048")
+    return sizes
 
 
 def _minutes(text: str) -> float:

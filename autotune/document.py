@@ -11,7 +11,8 @@ from dataclasses import asdict
 from typing import Any
 
 from ..runtime.op_graph import OpGraph
-from ..runtime.plan import Bucket, Candidate
+from ..runtime.plan import Candidate, Plan
+from .book_page import book_values
 from .report import Report, caveats, next_step, verdict
 from .search import overlaps
 
@@ -35,11 +36,13 @@ REQUIRED_KEYS = (
     "verified",
     "watts",
     "sm_clock_mhz",
+    "break_even_tokens",
     "commit",
     "elapsed_s",
 )
 """Keys of the last line of stdout, in order. Null: `watts` and `sm_clock_mhz` unless measured,
-`joules_per_token` and `power_limit_us` without an energy model, `verified` when not asked for."""
+`joules_per_token` and `power_limit_us` without an energy model, `verified` when not asked for,
+`break_even_tokens` where overlap pays at no size of the plan book, or there is no book."""
 
 
 def document(report: Report) -> dict[str, Any]:
@@ -60,7 +63,8 @@ def document(report: Report) -> dict[str, Any]:
         "sensitivity": report.sensitivity.as_dict() if report.sensitivity else None,
         "what_ifs": [what_if.as_dict() for what_if in report.what_ifs],
         "ops": {role: [asdict(row) for row in rows] for role, rows in report.op_tables.items()},
-        "verification": verification_rows(report.bucket),
+        "book": book_values(report.book) if report.book else None,
+        "verification": verification_rows(report.plan),
         "provenance": dict(report.provenance),
     }
 
@@ -93,6 +97,7 @@ def summary(report: Report) -> dict[str, Any]:
         "verified": report.verified,
         "watts": round(won.watts, 1) if report.is_measured else None,
         "sm_clock_mhz": round(won.sm_clock_mhz) if report.is_measured else None,
+        "break_even_tokens": report.plan.break_even[0].tokens if report.plan.break_even else None,
         "commit": report.commit,
         "elapsed_s": round(report.elapsed_s, 1),
     }
@@ -102,7 +107,9 @@ def summary(report: Report) -> dict[str, Any]:
 
 def json_line(values: Mapping[str, Any]) -> str:
     """The required keys of a document as one compact line."""
-    return json.dumps({key: values[key] for key in REQUIRED_KEYS}, separators=(",", ":"))
+    later = {"break_even_tokens": None}  # reports from before it was in them are still shown
+    known = {**later, **values}
+    return json.dumps({key: known[key] for key in REQUIRED_KEYS}, separators=(",", ":"))
 
 
 def race_table(values: Mapping[str, Any]) -> Any:  # noqa: ANN401
@@ -159,14 +166,17 @@ def _race_row(report: Report, candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def verification_rows(bucket: Bucket) -> list[dict[str, Any]]:
-    """The records, each with the plan that it is about, in the order they were made."""
-    schedules = dict.fromkeys((bucket.winner.schedule, bucket.best_overlapped.schedule))
-    names = [schedule.name for schedule in schedules]
-    return [
-        {"plan": name, **asdict(record)}
-        for name, record in zip(names, bucket.verification, strict=False)
-    ]
+def verification_rows(plan: Plan) -> list[dict[str, Any]]:
+    """The records, each with the plan that it is about: of the main bucket, then of the book."""
+    rows: list[dict[str, Any]] = []
+    for place, bucket in enumerate(plan.buckets):
+        schedules = dict.fromkeys((bucket.winner.schedule, bucket.best_overlapped.schedule))
+        where = f", {bucket.dense_batch_tokens} tokens" if place else ""
+        rows += [
+            {"plan": f"{schedule.name}{where}", **asdict(record)}
+            for schedule, record in zip(schedules, bucket.verification, strict=False)
+        ]
+    return rows
 
 
 def _batch(report: Report) -> dict[str, Any]:

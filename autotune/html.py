@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from .book_page import book_section
 from .document import lanes
 from .page_template import PAGE
 from .report_sections import energy_section, steps_section
@@ -33,6 +34,7 @@ def render(values: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         _bounds(values),
         _what_ifs(values.get("what_ifs", ())),
         _sensitivity(values.get("sensitivity")),
+        book_section(values.get("book"), _table),
         _ops(values),
         _figure("Throughput against SM share", images.get("sm_curves"), _CURVES_CAPTION),
         _figure("Roofline", images.get("roofline"), _ROOFLINE_CAPTION),

@@ -48,6 +48,8 @@ class TuneOptions:
     output_dir: Path | None = None
     effort: Effort = "quick"
     seed: int = 0
+    buckets: tuple[int, ...] | None = None
+    """Dense-batch sizes of the plan book; None: those of the effort, empty: no book."""
     command: str = ""
     """What was called, for the header of new profiles."""
     is_search_only: bool = False

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..runtime.plan import Bucket, Candidate, Plan, Timing
 from ..search_spaces.schema import HardwareSpec, ModelSpec
+from .book import Book
 from .capacity import DenseBatch
 from .op_table import GemmPeak, OpRow
 from .sensitivity import Sensitivity
@@ -49,6 +50,8 @@ class Report:
     """What noise in the profile does to the shown plans; None without a profile."""
     what_ifs: tuple[WhatIf, ...] = ()
     """What would lift the winner's limit, and by how much."""
+    book: Book | None = None
+    """Plans for other batches; None when only the workload's own was asked for."""
     provenance: Mapping[str, str] = field(default_factory=dict[str, str])
     """Hashes, versions, seed, profile header."""
     reasons: tuple[str, ...] = ()
@@ -74,7 +77,7 @@ class Report:
     @property
     def verified(self) -> bool | None:
         """Whether every verification passed; None when none was run."""
-        records = self.bucket.verification
+        records = [record for bucket in self.plan.buckets for record in bucket.verification]
         return all(record.passed for record in records) if records else None
 
     @property

@@ -3,6 +3,7 @@
     resolve   which model on how many of which GPU, and the batch that fits
     profile   measured here, read from a file, shipped, or none (roofline)
     search    structure, shares and kernels; on a GPU candidates are measured
+    book      quick searches at other batch sizes, mixes and KV lengths
     verify    the planned run against the unsplit one, on the GPU or scaled down on the CPU
     emit      plan.yaml, report.json, report.html, timeline.png, sm_curves.png, trace.json
 
@@ -11,18 +12,21 @@ With a GPU stage (`gpu_stage.py`) the same steps measure; without one they predi
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..profiler.profile import Profile
-from ..runtime.plan import Bucket, Candidate, Plan, Schedule, Timing
+from ..runtime.plan import Bucket, Candidate, Plan
 from ..runtime.schedule import IllegalScheduleError
-from ..search_spaces.schema import RowOrder
+from .book import Book, build_book
+from .book_grid import FULL, QUICK, Traffic
+from .book_store import FILE as POINTS
+from .book_store import BookStore, kept_points
 from .cost_model import CostModel
 from .emit import draw, play, shown, write
 from .gpu_stage import GpuStage
@@ -37,8 +41,10 @@ from .job import (
 )
 from .op_table import gemm_peak, op_rows
 from .output_folder import claim, staging
+from .point_search import PointSearch
 from .provenance import commit, created_by, provenance
 from .report import Report
+from .resize import row_order_of, shortened
 from .search import SearchResult, pick_winner, search
 from .sensitivity import sensitivity
 from .trace import Track
@@ -86,15 +92,21 @@ def _run(options: TuneOptions, job: Job, console: Console, started: float) -> Re
     cost_model = CostModel(
         chosen.profile, job.hardware, job.model.torch_dtype, lacking=chosen.lacking
     )
-    with staging(folder) as aside:
+    key = point_key(options, job, chosen)
+    with staging(folder) as aside, kept_points(folder / POINTS, key) as points:
         result = _search(options, job, cost_model, aside, console)
         plan = _plan(job, chosen.profile, result)
+        book = _book(options, job, cost_model, plan, points, console)
+        if book is not None:
+            plan = replace(plan, buckets=book.buckets, break_even=book.break_even)
         if not options.is_search_only:
-            say(console, "verify", f"winner and best overlapped on {job.num_gpus} rank(s)")
+            what = "winner and best overlapped" + (", and a sample of the book" if book else "")
+            say(console, "verify", f"{what}, on {job.num_gpus} rank(s)")
             with console.status("verifying"):
                 plan = verify(plan, job.model, job.hardware, options.seed, job.stage)
         tracks = play(plan.buckets[0], job.graph, cost_model, job.batch.mix)
         report = _report(options, job, chosen, cost_model, result, plan, tracks)
+        report = replace(report, book=book and replace(book, buckets=plan.buckets))
         pictures = None
         if not options.is_search_only:
             say(console, "report", "figures, trace, page")
@@ -172,6 +184,44 @@ def _settled(result: SearchResult, stage: GpuStage) -> SearchResult:
     )
 
 
+def point_key(options: TuneOptions, job: Job, chosen: ProfileChoice) -> str:
+    """Names everything that the points of a book are made from."""
+    inputs = input_hashes(job, chosen.profile), chosen.kernels
+    made = (inputs, job.num_gpus, options.seed, options.effort, created_by())
+    return hashlib.sha256(repr(made).encode()).hexdigest()[:16]
+
+
+def _book(
+    options: TuneOptions,
+    job: Job,
+    cost_model: CostModel,
+    plan: Plan,
+    points: BookStore,
+    console: Console,
+) -> Book | None:
+    grid = FULL if options.effort == "full" else QUICK
+    if options.buckets is not None:
+        grid = replace(grid, tokens=options.buckets)
+    if not grid.tokens:
+        return None
+    point_search = PointSearch(
+        graph=job.graph, cost_model=cost_model, space=job.space, starts=grid.starts
+    )
+    traffic = Traffic(
+        model=job.model, hardware=job.hardware, workload=job.workload, num_gpus=job.num_gpus
+    )
+    with console.status("plan book"):
+        return build_book(
+            plan,
+            point_search,
+            traffic,
+            grid,
+            seed=options.seed,
+            store=points,
+            on_progress=lambda text: say(console, "book", text),
+        )
+
+
 def _plan(job: Job, profile: Profile | None, result: SearchResult) -> Plan:
     mix = job.batch.mix
     bucket = Bucket(
@@ -179,7 +229,7 @@ def _plan(job: Job, profile: Profile | None, result: SearchResult) -> Plan:
         decode_tokens=job.batch.decode_tokens,
         decode_context_tokens=mix.decode_context_tokens,
         prefill_context_tokens=mix.prefill_context_tokens,
-        row_order=row_order(result.winner.schedule),
+        row_order=row_order_of(result.winner.schedule),
         winner=_rounded(result.winner),
         sequential=_rounded(result.sequential),
         best_overlapped=_rounded(result.best_overlapped),
@@ -203,29 +253,8 @@ def _plan(job: Job, profile: Profile | None, result: SearchResult) -> Plan:
 
 def _rounded(candidate: Candidate) -> Candidate:
     """Figures with as many digits as people read: 0.1 us, 1 mJ, 0.1 W."""
-
-    def short(timing: Timing) -> Timing:
-        return replace(
-            timing,
-            period_us=round(timing.period_us, 1),
-            p10_us=round(timing.p10_us, 1),
-            p90_us=round(timing.p90_us, 1),
-            joules=round(timing.joules, 3),
-            watts=round(timing.watts, 1),
-            sm_clock_mhz=round(timing.sm_clock_mhz),
-            turn_spread=round(timing.turn_spread, 4),
-        )
-
-    measured = None if candidate.measured is None else short(candidate.measured)
-    return replace(candidate, predicted=short(candidate.predicted), measured=measured)
-
-
-def row_order(schedule: Schedule) -> RowOrder:
-    """`decodes_first` when no decode row comes behind a prefill row."""
-    for batch, following in pairwise(schedule.nano_batches):
-        if batch.decode_tokens < batch.num_tokens and following.decode_tokens:
-            return "interleaved"
-    return "decodes_first"
+    measured = None if candidate.measured is None else shortened(candidate.measured)
+    return replace(candidate, predicted=shortened(candidate.predicted), measured=measured)
 
 
 def _report(
@@ -251,7 +280,7 @@ def _report(
         hardware=job.hardware,
         batch=job.batch,
         race=best_of_each_kind(result),
-        certificate={**asdict(result.certificate), "num_tried": len(result.history)},
+        certificate=certificate_of(result),
         op_tables={
             role: op_rows(candidates[role].schedule, job.graph, cost_model, mix, played.bars)
             for role, played in tracks.items()
@@ -265,6 +294,17 @@ def _report(
         reasons=job.reasons,
         commit=commit(),
     )
+
+
+def certificate_of(result: SearchResult) -> dict[str, Any]:
+    """What solver and space bound proved, and what each stage decided and rejected."""
+    space = asdict(result.space_bound)
+    return {
+        **asdict(result.certificate),
+        "num_tried": len(result.history),
+        "space": {**space, "gap": result.space_bound.gap},
+        "stages": list(result.stages),
+    }
 
 
 def best_of_each_kind(result: SearchResult) -> tuple[Candidate, ...]:

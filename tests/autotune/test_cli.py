@@ -8,7 +8,15 @@ from dataclasses import replace
 
 import pytest
 
-from nanoflow_tune.autotune import cli, job, output_folder, paper_mode, tune, verification
+from nanoflow_tune.autotune import (
+    book_store,
+    cli,
+    job,
+    output_folder,
+    paper_mode,
+    tune,
+    verification,
+)
 from nanoflow_tune.autotune.document import REQUIRED_KEYS
 from nanoflow_tune.autotune.gpu_stage import NO_DEVICES
 from nanoflow_tune.profiler.store import ProfileWriter
@@ -18,7 +26,7 @@ from nanoflow_tune.search_spaces.loader import load_space
 
 from .fakes import graph_of, reduce_profile
 
-TINY = ["--model", "tiny-llama", "--profile", "roofline"]
+TINY = ["--model", "tiny-llama", "--profile", "roofline", "--buckets", "main"]
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +79,54 @@ def test_main_job_writes_everything_and_ends_with_json(small_space, in_empty_fol
     assert last_json(capsys.readouterr().out)["verified"] is True
 
 
+def test_the_job_writes_a_plan_book_and_says_from_where_overlap_pays(
+    small_space, in_empty_folder, capsys
+):
+    job_of = ["search", *TINY, "--buckets", "512,128", "--output-dir", "here"]
+    assert cli.main(job_of) == cli.DONE
+    out = capsys.readouterr().out
+    plan = load_plan(in_empty_folder / "here" / "plan.yaml")
+    sizes = [bucket.dense_batch_tokens for bucket in plan.buckets]
+    assert sizes[0] == 256  # the workload's own
+    assert {128, 512} == set(sizes[1:])
+    assert {"steady", "decode_only", "prefill_heavy"} == {bucket.mix for bucket in plan.buckets}
+    even = plan.break_even[0]
+    assert (even.mix, even.smallest_tokens, even.largest_tokens) == ("steady", 128, 512)
+    values = last_json(out)
+    assert values["break_even_tokens"] == even.tokens
+    written = json.loads((in_empty_folder / "here" / "report.json").read_text())
+    assert len(written["book"]["points"]) == len(plan.buckets)
+    assert written["book"]["sentence"].split()[0] in out
+    assert written["book"]["regret"]["worst_percent"] >= written["book"]["regret"]["median_percent"]
+    assert "Plan book" in (in_empty_folder / "here" / "report.html").read_text()
+    assert not [path for path in (in_empty_folder / "here").iterdir() if path.name[0] == "."]
+
+
+def test_an_interrupted_job_keeps_the_points_of_its_book(
+    small_space, in_empty_folder, monkeypatch, capsys
+):
+    job_of = [*TINY, "--buckets", "128,512", "--output-dir", "here"]
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tune, "verify", stop)
+        assert cli.main(job_of) == cli.INTERRUPTED
+    assert "finished points of the plan book are kept" in capsys.readouterr().err
+    assert [path.name for path in (in_empty_folder / "here").iterdir()] == [book_store.FILE]
+    assert cli.main(job_of) == cli.DONE
+    out, err = capsys.readouterr()
+    assert "points are taken over from an interrupted run" in err
+    assert last_json(out)["verified"] is True
+    records = load_plan(in_empty_folder / "here" / "plan.yaml").buckets
+    assert {bucket.mix for bucket in records[1:] if bucket.verification} == {
+        "steady",
+        "decode_only",
+        "prefill_heavy",
+    }
+
+
 def test_a_plan_with_collectives_on_no_sms_is_written_read_and_verified_on_two_ranks(
     small_space, in_empty_folder, capsys
 ):
@@ -82,6 +138,7 @@ def test_a_plan_with_collectives_on_no_sms_is_written_read_and_verified_on_two_r
         for row in made.rows:
             writer.append_unsynced(row)
     job_of = ["--model", "tiny-llama", "--num-gpus", "2", "--profile", "made.csv", "--json"]
+    job_of += ["--buckets", "main"]
     assert cli.main([*job_of, "--output-dir", "here"]) == cli.DONE
     assert last_json(capsys.readouterr().out)["verified"] is True
     plan = load_plan(in_empty_folder / "here" / "plan.yaml")
@@ -102,7 +159,7 @@ def test_search_skips_verification_and_pictures(small_space, in_empty_folder, ca
 
 
 def test_a_plan_for_experts_is_searched_and_verified(small_space, in_empty_folder, capsys):
-    experts = ["--model", "mixtral-8x7b", "--profile", "roofline"]
+    experts = ["--model", "mixtral-8x7b", "--profile", "roofline", "--buckets", "main"]
     assert cli.main(["search", *experts, "--json", "--output-dir", "here"]) == cli.DONE
     values = last_json(capsys.readouterr().out)
     assert (values["source"], values["verified"]) == ("roofline", None)
@@ -145,6 +202,9 @@ def test_bad_input_is_one_line_and_exit_2(arguments, message, in_empty_folder, c
         ["--no-such-flag"],
         ["--paper", "--gpu", "h200"],
         ["--paper", "models"],
+        ["--model", "x", "--buckets", "100"],
+        ["--model", "x", "--buckets", "many"],
+        ["--model", "x", "--buckets", ""],
     ],
 )
 def test_usage_errors_exit_2(arguments):
