@@ -19,6 +19,7 @@ import numpy as np
 from .admission import DecodeLengths, Growth, peak_pages
 from .page_pool import PagePool
 from .prefix_index import PrefixIndex
+from .request_check import check_request
 from .scheduler_records import SchedulerLimits, Step, Totals
 from .sequence import (
     FinishEvent,
@@ -104,25 +105,9 @@ class Scheduler:
         Raises:
             RequestRejected: 400, 413 or 429, with rule, value and remedy.
         """
-        prompt, limit = len(request.prompt_token_ids), self.limits.max_model_len
-        total = prompt + request.sampling.max_tokens
-        if not prompt:
-            raise RequestRejected(400, "the prompt must have at least one token, but got none")
+        check_request(request, self.limits, self.pool)
         if request.request_id in self._sequences:
             raise RequestRejected(400, f"request {request.request_id!r} is running already")
-        if total > limit:
-            raise RequestRejected(
-                413,
-                f"prompt and `max_tokens` together may have {limit} tokens, but got {prompt} + "
-                f"{request.sampling.max_tokens}: shorten one of them",
-            )
-        if self.pool.pages_for(total) > self.pool.num_pages:
-            room = self.pool.num_pages * self.pool.page_size
-            raise RequestRejected(
-                413,
-                f"the KV cache holds {room} tokens, but the request may reach {total}: lower "
-                "`max_tokens`, or give the cache more memory",
-            )
         num_waiting = len(self.waiting) + num_arrived
         if num_waiting >= self.limits.max_waiting:
             raise RequestRejected(429, f"{num_waiting} requests are waiting: try again later", 1.0)
