@@ -12,7 +12,6 @@ from __future__ import annotations
 import random
 from bisect import insort
 from collections import deque
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from .admission import DecodeLengths, Growth, peak_pages
 from .page_pool import PagePool
 from .prefix_index import PrefixIndex
 from .request_check import check_request
-from .scheduler_records import SchedulerLimits, Step, Totals
+from .scheduler_records import Forming, SchedulerLimits, Step, Totals
 from .sequence import (
     FinishEvent,
     FinishReason,
@@ -31,17 +30,6 @@ from .sequence import (
 )
 from .sequence_state import Sequence
 from .step import NOT_YET_KNOWN, CacheOp, Chunk, PageUpdates, SlotTaken, StepInputs
-
-
-@dataclass(slots=True)
-class _Forming:
-    """The step that is being put together."""
-
-    decodes: list[Sequence] = field(default_factory=list[Sequence])
-    chunks: list[tuple[Sequence, Chunk]] = field(default_factory=list[tuple[Sequence, Chunk]])
-    preempted: bool = False
-    growths: list[Growth] | None = None
-    """Of the running requests, once an admission has asked."""
 
 
 class Scheduler:
@@ -138,7 +126,7 @@ class Scheduler:
 
         Cache operations that it decided on are part of the step, or of the next one that runs.
         """
-        forming = _Forming()
+        forming = Forming()
         self._form_decodes(forming, max_rows)
         self._swap_in(forming, max_rows)
         self._form_chunks(forming, max_rows)
@@ -190,7 +178,7 @@ class Scheduler:
             return "stop"
         return "length" if sequence.num_generated >= sampling.max_tokens else None
 
-    def _form_decodes(self, forming: _Forming, max_rows: int) -> None:
+    def _form_decodes(self, forming: Forming, max_rows: int) -> None:
         decodes, page_size = forming.decodes, self.pool.page_size
         for sequence in tuple(self.running):
             if len(decodes) == max_rows:
@@ -201,7 +189,7 @@ class Scheduler:
             if has_room or self._grow(sequence, sequence.num_computed + 1, forming):
                 decodes.append(sequence)
 
-    def _grow(self, sequence: Sequence, num_tokens: int, forming: _Forming) -> bool:
+    def _grow(self, sequence: Sequence, num_tokens: int, forming: Forming) -> bool:
         """Give a sequence pages for `num_tokens`, taken from later arrivals when none are free."""
         count = self.pool.pages_for(num_tokens) - len(sequence.pages)
         while count > self.pool.num_free:
@@ -257,7 +245,7 @@ class Scheduler:
         )
         self._add_pages(sequence, pages)
 
-    def _swap_in(self, forming: _Forming, max_rows: int) -> None:
+    def _swap_in(self, forming: Forming, max_rows: int) -> None:
         """Bring preempted requests back while there is room for them and for growth."""
         while self.swapped and self._free_slots and not forming.preempted:
             sequence = self.swapped[0]
@@ -276,7 +264,7 @@ class Scheduler:
             if sequence.can_decode and self._grow(sequence, sequence.num_computed + 1, forming):
                 forming.decodes.append(sequence)
 
-    def _form_chunks(self, forming: _Forming, max_rows: int) -> None:
+    def _form_chunks(self, forming: Forming, max_rows: int) -> None:
         """Fill the rest with prompts: those begun before, then new ones."""
         rows = max_rows - len(forming.decodes)
         for sequence in tuple(self.running):
@@ -292,7 +280,7 @@ class Scheduler:
                 return
             rows -= taken
 
-    def _admit(self, forming: _Forming) -> bool:
+    def _admit(self, forming: Forming) -> bool:
         """Give the first waiting request a slot if the expected peak fits."""
         sequence = self.waiting[0]
         key, num_pages = self._index.match(sequence.request.prompt_token_ids)
@@ -311,7 +299,7 @@ class Scheduler:
         self.totals.prompt += sequence.num_computed
         return True
 
-    def _peak_fits(self, newcomer: Sequence, forming: _Forming) -> bool:
+    def _peak_fits(self, newcomer: Sequence, forming: Forming) -> bool:
         """Whether the expected peak fits with a newcomer; alone it always does."""
         if forming.growths is None:
             forming.growths = sorted(map(self._growth, self.running))
@@ -324,7 +312,7 @@ class Scheduler:
         remaining = self.lengths.remaining(generated, sequence.max_tokens)
         return -remaining, max(sequence.num_computed, sequence.num_prompt_tokens)
 
-    def _form_chunk(self, sequence: Sequence, rows: int, forming: _Forming) -> int:
+    def _form_chunk(self, sequence: Sequence, rows: int, forming: Forming) -> int:
         """Add the next prompt tokens of a sequence, as many as rows and pages allow."""
         start, end = sequence.num_computed, sequence.num_prompt_tokens
         count = min(rows, end - start)
@@ -348,7 +336,7 @@ class Scheduler:
         forming.chunks.append((sequence, chunk))
         return count
 
-    def _inputs(self, forming: _Forming) -> StepInputs:
+    def _inputs(self, forming: Forming) -> StepInputs:
         """Numbers of the step; counts its rows as computed and its tokens as in flight."""
         decodes = forming.decodes
         slots, positions, tokens = [], [], []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from .admission import Growth
 from .sequence_state import Sequence
 from .step import Chunk, StepInputs
 
@@ -60,3 +61,14 @@ class Totals:
     finished: int = 0
     cancelled: int = 0
     swapped_pages: int = 0
+
+
+@dataclass(slots=True)
+class Forming:
+    """The step that is being put together."""
+
+    decodes: list[Sequence] = field(default_factory=list[Sequence])
+    chunks: list[tuple[Sequence, Chunk]] = field(default_factory=list[tuple[Sequence, Chunk]])
+    preempted: bool = False
+    growths: list[Growth] | None = None
+    """Of the running requests, once an admission has asked."""
