@@ -14,9 +14,7 @@ with little effort: more effort only adds candidates.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -140,29 +138,6 @@ def ratio_to_baselines(found: SearchResult) -> float:
     """Period of the winner over the shortest of sequential, nano-only and equal split."""
     periods = [c.predicted.period_us for c in found.race if c.schedule.name in BASELINES]
     return found.winner.predicted.period_us / min(periods)
-
-
-def plan_digest(model: str, gpu: str, workload: str) -> str:
-    """Hash of everything that a search decided."""
-    found = roofline_search(model, gpu, workload)
-    assert found is not None
-    return hashlib.sha256(repr((found.winner, found.history)).encode()).hexdigest()
-
-
-def is_deterministic(model: str, gpu: str, workload: str) -> bool:
-    """Whether two other processes, with other hash seeds, decide the same."""
-    call = f"import search_reach as s; print(s.plan_digest({model!r}, {gpu!r}, {workload!r}))"
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", call],
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parent)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.splitlines()[-1]
-        for seed in ("1", "2")
-    }
-    return len(digests) == 1
 
 
 def paper_rows(origin: Origin) -> Iterator[FigureRow]:
