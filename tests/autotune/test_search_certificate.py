@@ -15,7 +15,7 @@ from nanoflow_tune.autotune.baselines import (
     ping_pong,
     sequential,
 )
-from nanoflow_tune.autotune.certificate import Bounds, cuts, space_bound, splits_of
+from nanoflow_tune.autotune.certificate import space_bound
 from nanoflow_tune.autotune.configuration_lp import (
     Lanes,
     Longer,
@@ -25,6 +25,7 @@ from nanoflow_tune.autotune.configuration_lp import (
     price_bound,
 )
 from nanoflow_tune.autotune.cost_model import CostModel
+from nanoflow_tune.autotune.cut_bounds import Bounds, cuts, splits_of
 from nanoflow_tune.autotune.many_batches import round_robins
 from nanoflow_tune.autotune.simulator import predict, simulate
 from nanoflow_tune.runtime.schedule import IllegalScheduleError
