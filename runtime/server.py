@@ -83,6 +83,37 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-running", type=_positive, help="requests with a place in the KV cache")
     add("--max-queue", type=_positive, default=4096, help="requests that may wait (%(default)s)")
     add("--kv-cache-gib", type=_positive_float, help="per GPU (default: what is left of it)")
+    add(
+        "--kv-offload-gib",
+        type=_positive_float,
+        help="host memory, all GPUs together, that keeps the KV pages of finished requests for "
+        "prompts that begin alike (default: none)",
+    )
+    add(
+        "--kv-offload-dir",
+        type=Path,
+        metavar="DIR",
+        help="pages that no longer fit there become files here",
+    )
+    add("--kv-offload-disk-gib", type=_positive_float, help="of those (default: as of memory)")
+    add(
+        "--swap-gib",
+        type=_not_negative_float,
+        help="host memory for requests preempted while the cache is full; one that finds no room "
+        "ends (default: no limit)",
+    )
+    add(
+        "--ttft-ms",
+        type=_positive_float,
+        metavar="MS",
+        help="refuse requests (429) whose first token would come later (default: no limit)",
+    )
+    add(
+        "--tpot-ms",
+        type=_positive_float,
+        metavar="MS",
+        help="keep steps shorter, at the price of throughput (default: no limit)",
+    )
     add("--max-body-mib", type=_positive, default=8, help="of one request (%(default)s)")
     add(
         "--shutdown-timeout",
@@ -145,9 +176,9 @@ def read_inputs(
         ValueError: unreadable, not supported, or they do not go together.
     """
     from .chat_text import load_chat_text
+    from .engine_config import LatencyTarget
     from .serving_setup import ServingOptions, prepare
 
-    cache = options.kv_cache_gib
     serving = ServingOptions(
         plan=options.plan,
         weights=options.weights,
@@ -157,7 +188,12 @@ def read_inputs(
         max_model_len=options.max_model_len,
         max_running=options.max_running,
         max_queue=options.max_queue,
-        cache_bytes=None if cache is None else int(cache * 2**30),
+        cache_bytes=_bytes(options.kv_cache_gib),
+        latency=LatencyTarget(ttft_s=_seconds(options.ttft_ms), tpot_s=_seconds(options.tpot_ms)),
+        offload_bytes=_bytes(options.kv_offload_gib),
+        offload_folder=options.kv_offload_dir,
+        offload_disk_bytes=_bytes(options.kv_offload_disk_gib),
+        swap_bytes=_bytes(options.swap_gib),
     )
     text = None if serving.folder is None else load_chat_text(serving.folder)
     return prepare(serving, () if text is None else text.end_token_ids, say), text
@@ -212,6 +248,18 @@ def _positive_float(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be positive, but got {text}")
     return value
+
+
+def _not_negative_float(text: str) -> float:
+    return 0.0 if float(text) == 0 else _positive_float(text)
+
+
+def _bytes(gib: float | None) -> int | None:
+    return None if gib is None else int(gib * 2**30)
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds * 1e-3
 
 
 def _port(text: str) -> int:

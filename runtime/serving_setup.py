@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ..search_spaces.loader import load_hardware, load_model
 from ..search_spaces.schema import HardwareSpec, ModelSpec
-from .engine_config import EngineConfig
+from .engine_config import EngineConfig, LatencyTarget
 from .kv_sizes import pages_for
 from .op_graph import OpGraph
 from .plan import Plan, Schedule
@@ -58,6 +58,15 @@ class ServingOptions:
     max_queue: int = 4096
     cache_bytes: int | None = None
     """Of the KV cache on each rank."""
+    latency: LatencyTarget = field(default_factory=LatencyTarget)
+    offload_bytes: int | None = None
+    """Of host memory, for the pages of finished requests, all ranks together; None: none."""
+    offload_folder: Path | None = None
+    """Where pages go that host memory has no room for; None: nowhere."""
+    offload_disk_bytes: int | None = None
+    """Of files in that folder; None: as much as of host memory."""
+    swap_bytes: int | None = None
+    """Of host memory, for requests preempted while the cache is full; None: no limit."""
 
     @property
     def folder(self) -> Path | None:
@@ -103,9 +112,13 @@ def prepare(
         say(f"{remark}: only its sequential schedules run")
     graph = OpGraph.build(model, num_gpus)
     book = PlanBook.from_plan(graph, plan, hardware, remark)
+    _check_offload(options)
     page_bytes = model.kv_bytes_per_token * plan.page_size // num_gpus
     room = options.cache_bytes or _cache_bytes(model, book.max_rows, num_gpus, device)
     limits = _limits(options, model, book.max_rows, device)
+    if options.swap_bytes is not None:
+        swap_pages = options.swap_bytes // (page_bytes * num_gpus)
+        limits = replace(limits, max_swapped_pages=swap_pages)
     num_pages = room // page_bytes
     if num_pages < pages_for(limits.max_model_len, plan.page_size):
         raise ValueError(
@@ -120,7 +133,9 @@ def prepare(
         num_pages=num_pages,
         page_size=plan.page_size,
         eos_token_ids=tuple(sorted({*_end_token_ids(options.folder), *extra_end_ids})),
+        latency=options.latency,
         page_bytes=page_bytes * num_gpus,
+        **_offload_pages(options, page_bytes * num_gpus),
     )
     return RankSetting(options, plan, model, hardware, graph, book, config, device)
 
@@ -157,6 +172,7 @@ class RankSetting:
         from .device import device_resources
         from .executor import Resources
         from .kv_cache import PagedKvCache
+        from .kv_store import KvStore
         from .model_runner import ModelRunner
         from .verify_rank import default_resources
         from .weights import random_weights
@@ -192,7 +208,13 @@ class RankSetting:
             return device_resources(context, self.graph, self.hardware, [schedule])
 
         runner = ModelRunner(
-            self.graph, weights, cache, self.book, self.config.runner_sizes, resources_of
+            self.graph,
+            weights,
+            cache,
+            self.book,
+            self.config.runner_sizes,
+            resources_of,
+            KvStore(cache, self.options.offload_folder),
         )
         if self.device == "cuda":
             runner.warm_up()
@@ -229,6 +251,40 @@ def _limits(
     return SchedulerLimits(
         max_model_len=max_model_len, max_running=max_running, max_waiting=options.max_queue
     )
+
+
+def _check_offload(options: ServingOptions) -> None:
+    folder = options.offload_folder
+    if folder is None:
+        if options.offload_disk_bytes is not None:
+            raise ValueError("--kv-offload-disk-gib needs the folder: give --kv-offload-dir too")
+        return
+    if options.offload_bytes is None:
+        raise ValueError(
+            "--kv-offload-dir takes what host memory has no room for: give --kv-offload-gib too"
+        )
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"--kv-offload-dir must be a folder that can be written, not {folder}")
+
+
+def _offload_pages(options: ServingOptions, page_bytes: int) -> dict[str, int]:
+    """Fields of `EngineConfig`; `page_bytes` are those of all ranks."""
+    host = options.offload_bytes
+    if host is None:
+        return {}
+    disk = 0
+    if options.offload_folder is not None:
+        disk = host if options.offload_disk_bytes is None else options.offload_disk_bytes
+    for flag, held in (("gib", host), ("disk-gib", disk)):
+        if 0 < held < page_bytes:
+            raise ValueError(
+                f"--kv-offload-{flag} must hold one page, {page_bytes / 2**30:.4g} GiB, but is "
+                f"{held / 2**30:.4g} GiB; raise it"
+            )
+    return {
+        "offload_host_pages": host // page_bytes,
+        "offload_disk_pages": disk // page_bytes,
+    }
 
 
 def _end_token_ids(folder: Path | None) -> tuple[int, ...]:

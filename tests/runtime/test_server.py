@@ -164,6 +164,72 @@ def test_bad_input_is_told_and_exits_with_2(checkpoint, tmp_path, capsys):
     assert (code, "2 were asked for" in said) == (2, True)
 
 
+def _setting(*flags):
+    options = server.build_parser().parse_args([str(flag) for flag in flags])
+    return server.read_inputs(options, say=lambda _: None)[0]
+
+
+@pytest.mark.parametrize("num_gpus", [1, 2])
+def test_limits_and_host_memory_reach_the_engine(checkpoint, tmp_path, num_gpus):
+    plan = _write_plan(tmp_path / "plan.yaml", checkpoint, num_gpus)
+    flags = ("--plan", plan, "--weights", checkpoint, "--device", "cpu", "--kv-cache-gib", "0.01")
+    bare = _setting(*flags).config
+    assert (bare.latency.ttft_s, bare.latency.tpot_s) == (None, None)
+    assert (bare.offload_host_pages, bare.offload_disk_pages) == (0, 0)
+    assert bare.limits.max_swapped_pages is None
+    page = 2 * 2 * 16 * 2 * 8 * 4  # layers, keys and values, tokens, heads, head dim, fp32
+    gib = page / 2**30
+    more = ("--ttft-ms", 500, "--tpot-ms", 40, "--swap-gib", 5 * gib, "--kv-offload-gib", 3 * gib)
+    config = _setting(*flags, *more).config
+    assert (config.latency.ttft_s, config.latency.tpot_s) == (0.5, 0.04)
+    assert (config.offload_host_pages, config.offload_disk_pages) == (3, 0)
+    assert config.limits.max_swapped_pages == 5
+    more = (*more, "--kv-offload-dir", tmp_path)
+    assert _setting(*flags, *more).config.offload_disk_pages == 3
+    setting = _setting(*flags, *more, "--kv-offload-disk-gib", 7 * gib, "--swap-gib", 0)
+    assert setting.config.offload_disk_pages == 7
+    assert setting.config.limits.max_swapped_pages == 0
+
+
+def test_pages_of_finished_requests_go_to_the_folder_and_come_back(checkpoint, tmp_path):
+    plan = _write_plan(tmp_path / "plan.yaml", checkpoint)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    gib = 3 * 4096 / 2**30  # three pages in host memory, as many on disk: one request in each
+    flags = ("--kv-cache-gib", "0.01", "--kv-offload-gib", gib, "--kv-offload-dir", kept)
+    with _served(plan, checkpoint, *flags) as (_, name, url):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60, max_retries=0)
+
+        def answer(first):
+            reply = client.completions.create(
+                model=name, prompt=list(range(first, first + 40)), max_tokens=4, temperature=0
+            )
+            return reply.choices[0].text
+
+        before = answer(10)
+        answer(60)
+        assert answer(10) == before  # cache operations run with the step after
+        (folder,) = kept.iterdir()
+        assert [file.suffix for file in folder.iterdir()] == [".pages"]
+        page = httpx.get(f"{url}/metrics").text
+        assert re.search(r"nanoflow_prefix_tokens\S* 32", page), page
+        client.close()
+    assert list(kept.iterdir()) == []
+
+
+def test_offload_flags_that_mean_nothing_are_refused(checkpoint, tmp_path, capsys):
+    plan = _write_plan(tmp_path / "plan.yaml", checkpoint)
+    flags = ("--plan", plan, "--weights", checkpoint, "--device", "cpu")
+    for more, rule in (
+        (("--kv-offload-dir", tmp_path), "give --kv-offload-gib too"),
+        (("--kv-offload-gib", 1, "--kv-offload-disk-gib", 1), "give --kv-offload-dir too"),
+        (("--kv-offload-gib", 1, "--kv-offload-dir", plan), "must be a folder"),
+        (("--kv-offload-gib", 1e-9), "must hold one page"),
+    ):
+        code, said = _main(capsys, *flags, *more)
+        assert (code, rule in said) == (2, True), said
+
+
 def test_without_the_extra_it_says_what_to_install(tmp_path, capsys, monkeypatch):
     known = server.importlib.util.find_spec
     monkeypatch.setattr(
