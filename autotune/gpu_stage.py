@@ -85,6 +85,23 @@ def _ask_driver() -> Devices:
         nvml.nvmlShutdown()
 
 
+def has_gpus(devices: Devices, hardware: HardwareSpec, num_gpus: int) -> bool:
+    """Whether this machine has that many GPUs of that kind.
+
+    Raises:
+        ValueError: the GPU has another memory size than its spec.
+    """
+    if devices.name != hardware.device_name or devices.count < num_gpus:
+        return False
+    if abs(devices.memory_bytes / hardware.memory_bytes - 1) > MEMORY_TOLERANCE:
+        raise ValueError(
+            f"`memory_bytes` of a spec must be within {MEMORY_TOLERANCE:.0%} of the card's, but "
+            f"{hardware.name} says {hardware.memory_bytes} and {devices.name} reports "
+            f"{devices.memory_bytes}; pass the right --gpu, or a corrected YAML"
+        )
+    return True
+
+
 def find_stage(
     devices: Devices, case: IterationCase, *, command: str, say: Callable[[str], None]
 ) -> GpuStage | None:
@@ -99,15 +116,8 @@ def find_stage(
     Raises:
         ValueError: the GPU has another memory size than its spec.
     """
-    hardware = case.hardware
-    if devices.name != hardware.device_name or devices.count < case.tp_degree:
+    if not has_gpus(devices, case.hardware, case.tp_degree):
         return None
-    if abs(devices.memory_bytes / hardware.memory_bytes - 1) > MEMORY_TOLERANCE:
-        raise ValueError(
-            f"`memory_bytes` of a spec must be within {MEMORY_TOLERANCE:.0%} of the card's, but "
-            f"{hardware.name} says {hardware.memory_bytes} and {devices.name} reports "
-            f"{devices.memory_bytes}; pass the right --gpu, or a corrected YAML"
-        )
     from .measuring_stage import MeasuringStage
 
     return MeasuringStage(case, devices.name, commit(), command, say)

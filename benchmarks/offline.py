@@ -19,34 +19,35 @@ GEMM peak that the profile measured, and at the datasheet's.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import json
-import math
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from ab import recorded_command
 from figures import FIGURES, FigureRow, spread_of, summary, write_figures
 from tiny_serving import tiny_model, tiny_plan
-from traffic import plan_traffic
 
+from nanoflow_tune.autotune.ablation import (
+    BOOKS,
+    check_books,
+    contender,
+    percent_of_optimal,
+    table_row,
+    trace_lengths,
+    workload_lengths,
+)
+from nanoflow_tune.autotune.bench_command import serve
 from nanoflow_tune.autotune.op_table import gemm_peak
 from nanoflow_tune.autotune.provenance import commit as this_commit
-from nanoflow_tune.profiler.serving_run import Contender, ServingCase, ServingRun, run_contenders
+from nanoflow_tune.profiler.serving_case import ServingCase, ServingRun
 from nanoflow_tune.profiler.store import load_profile, profile_files
-from nanoflow_tune.runtime.launch import RankGroup
 from nanoflow_tune.runtime.op_graph import OpGraph
-from nanoflow_tune.runtime.plan import Bucket, NanoOp, Plan, Schedule
-from nanoflow_tune.runtime.plan_choice import PlanBook
 from nanoflow_tune.runtime.plan_io import load_plan
 from nanoflow_tune.search_spaces.loader import load_hardware, load_model, load_workload
 
-BOOKS = ("sequential", "nano_only", "overlapped", "winner", "offload")
-OFFLOADED_PAGES = 65_536
 TINY_ROWS, TINY_PAGES = 64, 400
 REACHES = {
     ("llama3-8b", 1): {"e2e": ("e2e_8b", ">= 0.99"), "opt": "opt_8b", "tok": "tok_8b"},
@@ -63,106 +64,6 @@ LIMITS = {
     ("tok_70b_tp2", "512/512"): ">= 3700",
 }
 """What is asked, of the workload that it is asked of."""
-
-
-def trace_lengths(path: Path, max_tokens: int, limit: int) -> list[tuple[int, int]]:
-    """Prompt and generated tokens of the first `limit` requests of a trace that fit the model.
-
-    Raises:
-        ValueError: a column is missing, a number is none, or nothing fits.
-    """
-    with path.open(encoding="utf-8", newline="") as file:
-        lines = csv.DictReader(file)
-        missing = {"ContextTokens", "GeneratedTokens"} - set(lines.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path} must have the column(s) {', '.join(sorted(missing))}")
-        lengths = [(int(line["ContextTokens"]), int(line["GeneratedTokens"])) for line in lines]
-    fitting = [(p, d) for p, d in lengths if p > 0 and d > 0 and p + d <= max_tokens][:limit]
-    if not fitting:
-        raise ValueError(f"{path} has no request of at most {max_tokens} tokens")
-    return fitting
-
-
-def workload_lengths(
-    name: str, num_requests: int, max_tokens: int, seed: int
-) -> list[tuple[int, int]]:
-    """Lengths with a workload's moments."""
-    planned = plan_traffic(
-        load_workload(name),
-        num_requests=num_requests,
-        rate_per_s=math.inf,
-        max_tokens=max_tokens,
-        seed=seed,
-    )
-    return [(request.prompt_tokens, request.decode_tokens) for request in planned]
-
-
-def contender(name: str, graph: OpGraph, plan: Plan, gpu: str) -> Contender:
-    """A book of the ablation."""
-    hardware = load_hardware(gpu)
-    if name == "sequential":
-        return Contender(
-            name=name, book=PlanBook.from_plan(graph, plan, hardware, "sequential alone")
-        )
-    changed = replace(plan, buckets=tuple(_winning(bucket, name, graph) for bucket in plan.buckets))
-    return Contender(
-        name=name,
-        book=PlanBook.from_plan(graph, changed, hardware),
-        offload_host_pages=OFFLOADED_PAGES if name == "offload" else 0,
-    )
-
-
-def _winning(bucket: Bucket, name: str, graph: OpGraph) -> Bucket:
-    if name in ("winner", "offload"):
-        return bucket
-    if name == "overlapped":
-        return replace(bucket, winner=bucket.best_overlapped)
-    split = nano_only(bucket.best_overlapped.schedule, bucket.sequential.schedule, graph)
-    winner = replace(bucket.sequential, schedule=split, measured=None)
-    return replace(bucket, winner=winner)
-
-
-def nano_only(overlapped: Schedule, sequential: Schedule, graph: OpGraph) -> Schedule:
-    """The overlapped schedule's nano-batches, one after the other with the sequential kernels."""
-    by_op: dict[str, NanoOp] = {nano_op.op: nano_op for nano_op in sequential.nano_ops}
-    nano_ops = tuple(
-        replace(by_op[op], tokens=nano_batch.tokens)
-        for op in graph.op_names
-        for nano_batch in overlapped.nano_batches
-    )
-    return replace(overlapped, name="nano_only", nano_ops=nano_ops)
-
-
-def percent_of_optimal(run: ServingRun, num_parameters: int, flops_per_s: float) -> float:
-    """2 P FLOPs a token at a GEMM rate, against the time that the run took."""
-    return 100 * 2 * num_parameters * run.tokens_per_s / (run.num_gpus * flops_per_s)
-
-
-def table_row(run: ServingRun, peaks: dict[str, float], num_parameters: int) -> dict[str, object]:
-    """All of one run, for the table and the JSON line."""
-    stats = run.stats
-    return {
-        "book": run.name,
-        "tokens_per_s_per_gpu": round(run.tokens_per_s / run.num_gpus, 1),
-        "joules_per_token": _known(run.joules_per_token, 5),
-        "watts": _known(run.watts, 1),
-        "sm_clock_mhz": _known(run.sm_clock_mhz, 0),
-        **{
-            f"percent_of_{name}": round(percent_of_optimal(run, num_parameters, peak), 2)
-            for name, peak in peaks.items()
-        },
-        "elapsed_s": round(run.elapsed_s, 3),
-        "steps": stats.steps_total,
-        "eager_steps": stats.eager_steps_total,
-        "padding_rows": stats.padding_rows_total,
-        "preemptions": stats.preemptions_total,
-        "host_s": round(stats.host_s_total, 3),
-        "last_plan": stats.plan_in_use,
-    }
-
-
-def _known(value: float, digits: int) -> float | None:
-    return None if math.isnan(value) else round(value, digits)
 
 
 def figure_rows(
@@ -243,8 +144,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     names = options.books.split(",")
-    if set(names) - set(BOOKS):
-        parser.error(f"--books must be of {', '.join(BOOKS)}, but got {options.books}")
+    try:
+        check_books(names)
+    except ValueError as err:
+        parser.error(str(err))
     if options.tiny == (options.plan is not None):
         parser.error("give --plan, or --tiny for a try on the CPU")
     hardware = load_hardware(options.gpu)
@@ -259,7 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lengths = (
         trace_lengths(options.trace, longest, options.requests)
         if options.trace
-        else workload_lengths(options.workload, options.requests, longest, options.seed)
+        else workload_lengths(
+            load_workload(options.workload), options.requests, longest, options.seed
+        )
     )
     case = ServingCase(
         model=model,
@@ -270,9 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         num_pages=options.num_pages or (TINY_PAGES if options.tiny else None),
         seed=options.seed,
     )
-    contenders = [contender(name, graph, plan, options.gpu) for name in names]
-    with RankGroup(case.tp_degree, device="cpu" if options.tiny else "cuda") as ranks:
-        runs = ranks.call(run_contenders, case, contenders, options.rounds)[0]
+    contenders = [contender(name, graph, plan, hardware) for name in names]
+    runs = serve(case, contenders, options.rounds, is_gpu=not options.tiny)
     profile = None if options.tiny else load_profile(profile_files(options.profile))
     peak = gemm_peak(profile, hardware, model.torch_dtype) if not options.tiny else None
     peaks = {}

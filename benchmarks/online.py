@@ -32,9 +32,9 @@ import httpx
 import numpy as np
 from ab import recorded_command
 from figures import FigureRow, summary, write_figures
-from traffic import PlannedRequest, plan_traffic
 
 from nanoflow_tune.autotune.provenance import commit as this_commit
+from nanoflow_tune.profiler.traffic import PlannedRequest, plan_traffic
 from nanoflow_tune.search_spaces.loader import load_workload
 
 MAX_REQUESTS = 20_000

@@ -12,11 +12,13 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..runtime.checkpoint import load_checkpoint
 from ..runtime.device import device_resources
 from ..runtime.engine import Engine
 from ..runtime.engine_config import EngineConfig
@@ -26,89 +28,25 @@ from ..runtime.launch import RankContext
 from ..runtime.model_runner import ModelRunner
 from ..runtime.op_graph import OpGraph
 from ..runtime.plan import Schedule
-from ..runtime.plan_choice import PlanBook
 from ..runtime.rank_runner import LeadingRunner, follow, step_group
 from ..runtime.scheduler_records import SchedulerLimits
-from ..runtime.sequence import EngineStats, Event, FinishEvent, GenerationRequest, SamplingParams
+from ..runtime.sequence import Event, FinishEvent, GenerationRequest, SamplingParams
 from ..runtime.verify_rank import default_resources
 from ..runtime.weights import Weights, random_weights
-from ..search_spaces.schema import HardwareSpec, ModelSpec
+from ..search_spaces.schema import ModelSpec
 from .power import PowerMeter
+from .serving_case import Contender, ServingCase, ServingRun
 
 RESERVED_BYTES = 8 << 30
 """Of a GPU's memory, for activations, logits, graphs and libraries."""
 _POLL_S = 0.1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServingCase:
-    """A model on some GPUs, and the requests it gets."""
-
-    model: ModelSpec
-    hardware: HardwareSpec
-    tp_degree: int
-    lengths: tuple[tuple[int, int], ...]
-    """Prompt and generated tokens of each request, all known at the start."""
-    page_size: int = 16
-    num_pages: int | None = None
-    """Of the cache; None: what fits the GPU."""
-    seed: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt and generated tokens in all."""
-        return sum(prompt + generated for prompt, generated in self.lengths)
-
-    @property
-    def max_model_len(self) -> int:
-        """Of the longest request."""
-        return max(prompt + generated for prompt, generated in self.lengths)
-
-    @property
-    def expected_decode_tokens(self) -> float:
-        """Mean generated length."""
-        return statistics.mean(generated for _, generated in self.lengths)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contender:
-    """A plan book that is to be run."""
-
-    name: str
-    book: PlanBook
-    offload_host_pages: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServingRun:
-    """One whole run, ramps included; watts and clocks are means of this rank's GPU."""
-
-    name: str
-    elapsed_s: float
-    num_tokens: int
-    num_gpus: int
-    joules: float
-    """Of all GPUs; nan without a counter."""
-    watts: float
-    sm_clock_mhz: float
-    stats: EngineStats
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Prompt and generated tokens, all GPUs."""
-        return self.num_tokens / self.elapsed_s
-
-    @property
-    def joules_per_token(self) -> float:
-        """All GPUs; nan without a counter."""
-        return self.joules / self.num_tokens
-
-
 @dataclass(slots=True)
 class _Loaded:
     """What stays on a rank between runs."""
 
-    key: tuple[ModelSpec, int, int]
+    key: tuple[ModelSpec, int, int, Path | None]
     weights: Weights
     cache: PagedKvCache
     group: Any
@@ -176,19 +114,12 @@ def _add_joules(ctx: RankContext, meter: _Meter, runs: list[ServingRun]) -> None
 
 
 def _load(ctx: RankContext, case: ServingCase) -> _Loaded:
-    key = (case.model, case.tp_degree, case.seed)
+    key = (case.model, case.tp_degree, case.seed, case.weights)
     loaded: _Loaded | None = ctx.state.get("serving")
     if loaded is not None and loaded.key == key:
         return loaded
     device = torch.device(ctx.device)
-    weights = random_weights(
-        case.model,
-        rank=ctx.rank,
-        tp_degree=case.tp_degree,
-        device=device,
-        seed=case.seed,
-        sharded_exactly=device.type == "cpu",
-    )
+    weights = _weights(ctx, case, device)
     cache = PagedKvCache(
         case.model,
         num_pages=case.num_pages or _agreed_pages(ctx, case),
@@ -200,6 +131,21 @@ def _load(ctx: RankContext, case: ServingCase) -> _Loaded:
     group = step_group() if ctx.world_size > 1 else None
     ctx.state["serving"] = _Loaded(key, weights, cache, group)
     return ctx.state["serving"]
+
+
+def _weights(ctx: RankContext, case: ServingCase, device: torch.device) -> Weights:
+    if case.weights is not None:
+        return load_checkpoint(
+            case.weights, rank=ctx.rank, tp_degree=case.tp_degree, device=device
+        )[1]
+    return random_weights(
+        case.model,
+        rank=ctx.rank,
+        tp_degree=case.tp_degree,
+        device=device,
+        seed=case.seed,
+        sharded_exactly=device.type == "cpu",
+    )
 
 
 def _agreed_pages(ctx: RankContext, case: ServingCase) -> int:

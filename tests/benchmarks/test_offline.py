@@ -10,7 +10,7 @@ import pytest
 
 from nanoflow_tune.runtime.op_graph import OpGraph
 from nanoflow_tune.runtime.sequence import EngineStats
-from nanoflow_tune.search_spaces.loader import load_model
+from nanoflow_tune.search_spaces.loader import load_hardware, load_model, load_workload
 
 ORIGIN = {"command": "python x.py", "commit": "abc", "gpu": "a GPU", "date": "2026-01-01"}
 
@@ -44,8 +44,8 @@ def test_a_trace_gives_the_lengths_that_fit(offline, tmp_path):
 
 
 def test_workloads_have_their_moments(offline):
-    assert set(offline.workload_lengths("512/512", 20, 4096, 0)) == {(512, 512)}
-    lengths = offline.workload_lengths("lmsys", 20_000, 100_000, 0)
+    assert set(offline.workload_lengths(load_workload("512/512"), 20, 4096, 0)) == {(512, 512)}
+    lengths = offline.workload_lengths(load_workload("lmsys"), 20_000, 100_000, 0)
     assert sum(p for p, _ in lengths) / 20_000 == pytest.approx(102, rel=0.05)
     assert sum(d for _, d in lengths) / 20_000 == pytest.approx(222, rel=0.05)
 
@@ -55,7 +55,7 @@ def test_the_books_of_the_ablation_are_what_they_are_called(offline):
     plan = offline.tiny_plan(graph, 64)
     names = {}
     for name in offline.BOOKS:
-        book = offline.contender(name, graph, plan, "h200").book
+        book = offline.contender(name, graph, plan, load_hardware("h200")).book
         names[name] = book.choose(32, 32, 32.0).choice.schedule
     assert names["sequential"].name == "sequential"
     assert names["overlapped"].name == names["winner"].name == "overlapped"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nanoflow_tune.profiler.traffic import plan_traffic
 from nanoflow_tune.search_spaces.loader import load_workload
 
 from .conftest import BENCHMARKS
@@ -18,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 SHAREGPT = load_workload("sharegpt")
 
 
-def _plan(load, workload=SHAREGPT, **options):
+def _plan(workload=SHAREGPT, **options):
     defaults = {"num_requests": 20000, "rate_per_s": 4.0, "max_tokens": 10**9, "seed": 1}
-    return load("traffic").plan_traffic(workload, **(defaults | options))
+    return plan_traffic(workload, **(defaults | options))
 
 
-def test_traffic_has_the_moments_of_its_workload_and_poisson_arrivals(load):
-    requests = _plan(load)
+def test_traffic_has_the_moments_of_its_workload_and_poisson_arrivals():
+    requests = _plan()
     prompts = np.array([request.prompt_tokens for request in requests])
     answers = np.array([request.decode_tokens for request in requests])
     assert prompts.mean() == pytest.approx(246, rel=0.05)
@@ -37,17 +38,19 @@ def test_traffic_has_the_moments_of_its_workload_and_poisson_arrivals(load):
     assert np.corrcoef(prompts, answers)[0, 1] == pytest.approx(0, abs=0.03)
 
 
-def test_traffic_repeats_with_its_seed_and_stays_within_the_context(load):
-    assert _plan(load, num_requests=50) == _plan(load, num_requests=50)
-    assert _plan(load, num_requests=50) != _plan(load, num_requests=50, seed=2)
-    for request in _plan(load, max_tokens=300):
+def test_traffic_repeats_with_its_seed_and_stays_within_the_context():
+    assert _plan(num_requests=50) == _plan(num_requests=50)
+    assert _plan(num_requests=50) != _plan(num_requests=50, seed=2)
+    for request in _plan(max_tokens=300):
         assert request.prompt_tokens + request.decode_tokens <= 300
         assert min(request.prompt_tokens, request.decode_tokens) >= 1
-    constant = _plan(load, load_workload("512/64"), num_requests=9)
+    constant = _plan(load_workload("512/64"), num_requests=9)
     assert {(r.prompt_tokens, r.decode_tokens) for r in constant} == {(512, 64)}
-    assert {r.at_s for r in _plan(load, num_requests=9, rate_per_s=math.inf)} == {0.0}
+    prefill = _plan(load_workload("512-0"), num_requests=9)
+    assert {(r.prompt_tokens, r.decode_tokens) for r in prefill} == {(512, 1)}
+    assert {r.at_s for r in _plan(num_requests=9, rate_per_s=math.inf)} == {0.0}
     with pytest.raises(ValueError, match="positive rate"):
-        _plan(load, rate_per_s=0.0)
+        _plan(rate_per_s=0.0)
 
 
 def _served(online, due, first, end, tokens):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanoflow_tune.search_spaces.schema import WorkloadSpec
+from ..search_spaces.schema import WorkloadSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +58,8 @@ def plan_traffic(
 
 def _lengths(rng: np.random.Generator, mean: float, std: float, count: int) -> np.ndarray:
     """At least one token each."""
+    if mean == 0:
+        return np.ones(count, dtype=np.int64)
     variance = np.log1p((std / mean) ** 2)
     lengths = rng.lognormal(np.log(mean) - variance / 2, np.sqrt(variance), count)
     return np.maximum(1, np.rint(lengths)).astype(np.int64)
