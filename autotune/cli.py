@@ -209,6 +209,22 @@ def _export(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _bench(options: argparse.Namespace) -> int:
+    from .bench_command import bench, table
+
+    with _stderr().status(f"serving with {options.plan}"):
+        values = bench(options, _say)
+    if not options.json:
+        stdout = _stdout()
+        stdout.print(table(values))
+        if "optimal" in values["peaks"]:
+            stdout.print(f"% sustained: {values['peaks']['optimal']['source']}", highlight=False)
+        for remark in values["remarks"]:
+            stdout.print(remark, markup=False, highlight=False)
+    print(json.dumps(values, separators=(",", ":")))
+    return DONE
+
+
 def _check_env(options: argparse.Namespace) -> int:
     from .check_env import check_env, table
 
@@ -230,6 +246,7 @@ _COMMANDS = {
     "models": _models,
     "export": _export,
     "check-env": _check_env,
+    "bench": _bench,
     "paper": _paper,
 }
 

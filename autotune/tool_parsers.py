@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .ablation import BOOKS
 from .export_facts import PDMUX_DEFAULT_GROUPS
 
 TARGETS = ("sglang", "vllm", "schema")
@@ -45,6 +46,7 @@ def add_tool_parsers(parser: argparse.ArgumentParser, verbs: Any) -> None:  # no
     _add_report(verbs)
     _add_export(verbs)
     _add_check_env(verbs)
+    _add_bench(verbs)
 
 
 class _ListNames(argparse.Action):
@@ -141,3 +143,50 @@ def _add_check_env(verbs: Any) -> None:  # noqa: ANN401
     )
     parser.add_argument("--json", action="store_true", help="only the JSON line on stdout")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def _add_bench(verbs: Any) -> None:  # noqa: ANN401
+    parser = verbs.add_parser(
+        "bench",
+        help="serve a plan offline with this engine: tokens/s, joules, percent of optimal",
+        description="Serve all requests of a workload with a plan's books in interleaved rounds. "
+        "Without the plan's GPUs a scaled-down model runs on the CPU, and says so.",
+        epilog="examples:\n"
+        "  nanoflow-tune bench plan.yaml\n"
+        "  nanoflow-tune bench plan.yaml --books sequential,nano_only,overlapped,winner "
+        "--rounds 3\n"
+        "  nanoflow-tune bench plan.yaml --workload sharegpt --weights ./llama3-8b",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("plan", type=Path, metavar="PLAN.yaml")
+    add("--workload", default="512/512", help="mean PROMPT/DECODE tokens, or a name (%(default)s)")
+    add("--trace", type=Path, metavar="CSV", help="lengths of ContextTokens, GeneratedTokens")
+    add("--requests", type=_positive, metavar="N", help="default: 2048 on GPUs, 64 on a CPU")
+    add(
+        "--books",
+        default="sequential,winner",
+        metavar="BOOK,...",
+        help=f"of {', '.join(BOOKS)} (%(default)s)",
+    )
+    add("--rounds", type=_positive, default=1, metavar="N", help="runs of each book (%(default)s)")
+    add("--weights", default="random", metavar="DIR|random[:SEED]", help="(%(default)s)")
+    add("--model", help="the model of random weights (default: the plan's)")
+    add("--max-model-len", type=_positive, help="longer requests are cut, or left out of a trace")
+    add("--num-pages", type=_positive, help="of the KV cache (default: what fits)")
+    add(
+        "--profile",
+        default="shipped",
+        metavar="shipped|PATH",
+        help="where the sustained GEMM peak is from (%(default)s)",
+    )
+    add("--seed", type=int, default=0, help="of the lengths (%(default)s)")
+    add("--json", action="store_true", help="only the JSON line on stdout")
+    add("--debug", action="store_true", help="show tracebacks")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, but got {value}")
+    return value
