@@ -95,7 +95,9 @@ def contender(name: str, graph: OpGraph, plan: Plan, hardware: HardwareSpec) -> 
     changed = replace(plan, buckets=tuple(_winning(bucket, name, graph) for bucket in plan.buckets))
     return Contender(
         name=name,
-        book=PlanBook.from_plan(graph, changed, hardware),
+        book=PlanBook.from_plan(
+            graph, changed, hardware, even_losing=name in ("nano_only", "overlapped")
+        ),
         offload_host_pages=OFFLOADED_PAGES if name == "offload" else 0,
     )
 

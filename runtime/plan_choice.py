@@ -70,6 +70,8 @@ class PlanBook:
         sequential: Mapping[int, Choice],
         plan: Plan | None = None,
         remark: str = "",
+        *,
+        even_losing: bool = False,
     ) -> None:
         """Collect the choices; `from_plan` and `without_plan` are the ways here.
 
@@ -77,8 +79,9 @@ class PlanBook:
             sequential: by rows.
             plan: whose winners may be used; None: none.
             remark: why there are none.
+            even_losing: use them near their buckets whether they gain or not, to measure them.
         """
-        self._remark = remark or "no plan"
+        self._remark, self._even_losing = remark or "no plan", even_losing
         self._plan = plan
         self._sizes = sorted(sequential)
         self.target_rows = plan.buckets[0].dense_batch_tokens if plan else self._sizes[-1]
@@ -96,7 +99,13 @@ class PlanBook:
 
     @classmethod
     def from_plan(
-        cls, graph: OpGraph, plan: Plan, hardware: HardwareSpec, remark: str = ""
+        cls,
+        graph: OpGraph,
+        plan: Plan,
+        hardware: HardwareSpec,
+        remark: str = "",
+        *,
+        even_losing: bool = False,
     ) -> PlanBook:
         """The choices of a plan; with a remark, its sequential schedules alone.
 
@@ -109,7 +118,7 @@ class PlanBook:
         for rows in step_sizes(largest, {b.dense_batch_tokens for b in plan.buckets}):
             bucket = _nearest_size(plan, rows)
             sequential[rows] = _sequential_choice(bucket, rows)
-        book = cls(sequential, None if remark else plan, remark)
+        book = cls(sequential, None if remark else plan, remark, even_losing=even_losing)
         book.target_rows = plan.buckets[0].dense_batch_tokens
         for choice in book.choices.values():
             check(choice.schedule, graph, hardware.num_sms, hardware.sm_granularity)
@@ -183,7 +192,7 @@ class PlanBook:
         if away > MAX_DISTANCE:
             said = f"mix and KV length are {away:.2f} from the nearest bucket"
             return Chosen(choice=sequential, reason=said)
-        if not holds(bucket, away):
+        if not self._even_losing and not holds(bucket, away):
             said = f"the winner's gain is too small {away:.2f} from its bucket"
             return Chosen(choice=sequential, reason=said)
         index = next(i for i, b in enumerate(self._plan.buckets) if b is bucket)

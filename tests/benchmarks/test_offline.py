@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -63,6 +64,25 @@ def test_the_books_of_the_ablation_are_what_they_are_called(offline):
     assert split.nano_batches == names["overlapped"].nano_batches
     assert split.lanes == ("compute",)
     assert {nano_op.num_sms for nano_op in split.nano_ops} == {132}
+
+
+def test_schedules_that_lose_run_in_their_own_books_alone(offline):
+    graph = OpGraph.build(offline.tiny_model())
+    plan = offline.tiny_plan(graph, 64)
+
+    def losing(bucket):
+        slow = replace(bucket.best_overlapped.predicted, period_us=1500.0)
+        slower = replace(bucket.best_overlapped, predicted=slow)
+        return replace(bucket, winner=slower, best_overlapped=slower)
+
+    plan = replace(plan, buckets=tuple(losing(bucket) for bucket in plan.buckets))
+    ran = {
+        name: offline.contender(name, graph, plan, load_hardware("h200"))
+        .book.choose(30, 34, 40.0)
+        .choice.schedule.name
+        for name in ("nano_only", "overlapped", "winner")
+    }
+    assert ran == {"nano_only": "nano_only", "overlapped": "overlapped", "winner": "sequential"}
 
 
 def test_percent_of_optimal_is_two_flops_for_each_parameter_and_token(offline):
