@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from ..profiler.profile import Profile
 from ..profiler.rank_jobs import IterationCase
@@ -20,7 +20,14 @@ from ..search_spaces.loader import (
     load_space,
     load_workload,
 )
-from ..search_spaces.schema import HardwareSpec, ModelSpec, SearchSpace, WorkloadSpec
+from ..search_spaces.schema import (
+    DTYPE_BYTES,
+    Dtype,
+    HardwareSpec,
+    ModelSpec,
+    SearchSpace,
+    WorkloadSpec,
+)
 from .capacity import DenseBatch, dense_batch, num_gpus_default
 from .gpu_stage import Devices, GpuStage, find_devices, find_stage, why_not
 
@@ -159,7 +166,7 @@ def choose_profile(options: TuneOptions, job: Job) -> ProfileChoice:
         ProfileMissingError: none is shipped for this GPU.
         ValueError: the file is damaged, or of another GPU.
     """
-    chosen = _choose_profile(options, job)
+    chosen = _of_its_width(_choose_profile(options, job), options, job)
     if job.stage is not None:
         missing = tuple(
             name
@@ -169,6 +176,28 @@ def choose_profile(options: TuneOptions, job: Job) -> ProfileChoice:
         return replace(chosen, lacking=missing)
     is_shipped = options.profile in ("auto", "shipped")
     return replace(chosen, lacking=tuple(OPTIONAL_LIBRARIES)) if is_shipped else chosen
+
+
+def _of_its_width(chosen: ProfileChoice, options: TuneOptions, job: Job) -> ProfileChoice:
+    """The profile if its elements are as wide as the model's; else the datasheet for a shipped one.
+
+    Raises:
+        ValueError: a given profile is of another width.
+    """
+    profile, dtype = chosen.profile, job.model.torch_dtype
+    if profile is None or DTYPE_BYTES[cast(Dtype, profile.dtype)] == DTYPE_BYTES[dtype]:
+        return chosen
+    if options.profile not in ("auto", "shipped"):
+        raise ValueError(
+            f"the profile {options.profile} is of {profile.dtype}, but {job.model.name} is "
+            f"{dtype}: measure one with `nanoflow-tune profile --model {options.model}`, or go on "
+            "with datasheet figures: --profile roofline"
+        )
+    title = (
+        f"the {job.hardware.name} datasheet (roofline): the profile is of {profile.dtype}, the "
+        f"model of {dtype}"
+    )
+    return ProfileChoice(profile=None, title=title)
 
 
 def _choose_profile(options: TuneOptions, job: Job) -> ProfileChoice:
@@ -221,8 +250,8 @@ def profile_path(job: Job) -> Path:
 
 
 def profile_file(folder: Path, hardware: str, model: str, tp_degree: int) -> Path:
-    """Name of the profile file of a model's shard."""
-    return folder / hardware / f"{model}-tp{tp_degree}.csv"
+    """Name of the profile file of a model's shard; a slash in a name leads into no other folder."""
+    return folder / hardware.replace("/", "-") / f"{model.replace('/', '-')}-tp{tp_degree}.csv"
 
 
 def input_hashes(job: Job, profile: Profile | None) -> dict[str, str]:

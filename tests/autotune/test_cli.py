@@ -24,7 +24,7 @@ from nanoflow_tune.runtime.plan_io import load_plan
 from nanoflow_tune.runtime.verify import VerificationError
 from nanoflow_tune.search_spaces.loader import load_space
 
-from .fakes import graph_of, reduce_profile
+from .fakes import graph_of, linear_profile, reduce_profile
 
 TINY = ["--model", "tiny-llama", "--profile", "roofline", "--buckets", "main"]
 
@@ -133,7 +133,7 @@ def test_a_plan_with_collectives_on_no_sms_is_written_read_and_verified_on_two_r
     graph = graph_of("tiny-llama", 2)
     made = reduce_profile(graph, nccl_us_per_row=0.9, copy_us_per_row=0.5)
     with ProfileWriter.solo(
-        in_empty_folder / "made.csv", {"hardware": "h200", "dtype": "bfloat16"}
+        in_empty_folder / "made.csv", {"hardware": "h200", "dtype": "float32"}
     ) as writer:
         for row in made.rows:
             writer.append_unsynced(row)
@@ -286,3 +286,26 @@ def test_the_command_line_imports_no_torch():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+def test_a_profile_of_another_width_is_refused_or_left_out(small_space, in_empty_folder, capsys):
+    made = linear_profile(graph_of("tiny-llama"))
+    header = {"hardware": "h200", "dtype": "bfloat16"}
+    with ProfileWriter.solo(in_empty_folder / "wide.csv", header) as writer:
+        for row in made.rows:
+            writer.append_unsynced(row)
+    job_of = ["search", "--model", "tiny-llama", "--buckets", "main"]
+    assert cli.main([*job_of, "--profile", "wide.csv"]) == 2
+    assert "of bfloat16, but tiny-llama is float32" in capsys.readouterr().err
+    assert cli.main([*job_of, "--json"]) == 0
+    source = last_json(capsys.readouterr().out)["source"]
+    assert source == "roofline", "rows of two bytes must not price a model of four"
+
+
+def test_json_is_all_that_a_process_writes_to_standard_output(in_empty_folder):
+    command = [sys.executable, "-m", "nanoflow_tune.autotune", "search", "--model", "tiny-llama"]
+    done = subprocess.run(
+        [*command, "--buckets", "main", "--json"], capture_output=True, text=True, check=True
+    )
+    (line,) = done.stdout.splitlines()
+    assert json.loads(line)["model"] == "tiny-llama"
