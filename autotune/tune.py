@@ -40,7 +40,7 @@ from .job import (
     resolve,
 )
 from .op_table import gemm_peak, op_rows
-from .output_folder import claim, staging
+from .output_folder import claim, held, staging
 from .point_search import PointSearch
 from .provenance import commit, created_by, provenance
 from .report import Report
@@ -86,6 +86,13 @@ def _run(options: TuneOptions, job: Job, console: Console, started: float) -> Re
     what = f"{job.model.name} on {job.num_gpus} x {job.hardware.name}, workload {job.workload.name}"
     say(console, "job", f"{what}, {job.batch.tokens} tokens a batch")
     folder = options.output_dir or default_folder(job)
+    with held(folder):
+        return _run_in(folder, options, job, console, started)
+
+
+def _run_in(
+    folder: Path, options: TuneOptions, job: Job, console: Console, started: float
+) -> Report:
     replaced = claim(folder, _identity(job), is_measured=job.stage is not None)
     chosen = choose_profile(options, job)
     say(console, "profile", chosen.title)
@@ -93,7 +100,7 @@ def _run(options: TuneOptions, job: Job, console: Console, started: float) -> Re
         chosen.profile, job.hardware, job.model.torch_dtype, lacking=chosen.lacking
     )
     key = point_key(options, job, chosen)
-    with staging(folder) as aside, kept_points(folder / POINTS, key) as points:
+    with kept_points(folder / POINTS, key) as points, staging(folder) as aside:
         result = _search(options, job, cost_model, aside, console)
         plan = _plan(job, chosen.profile, result)
         book = _book(options, job, cost_model, plan, points, console)
