@@ -3,11 +3,14 @@
 stderr shows progress; stdout holds a short table, the verdict, and one line of JSON last.
 
     0 done   1 crash   2 bad input   3 no feasible plan   4 verification failed   130 interrupted
+
+Bad input includes what the file system refuses: a read-only folder, a full disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import sys
 import tempfile
@@ -15,22 +18,16 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from .cli_parser import build_parser
-
 DONE, CRASH, BAD_INPUT, NO_PLAN, NOT_VERIFIED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = build_parser()
-    options = parser.parse_args(argv)
-    if options.paper:
-        fixed = ("verb", "model", "gpu", "num_gpus", "profile", "output_dir", "effort", "buckets")
-        if any(getattr(options, name) != parser.get_default(name) for name in fixed):
-            parser.error("--paper is LLaMA-2-70B on 8 x A100 80GB: give only --workload, --seed")
-        options.verb = "paper"
-    if options.verb is None and options.model is None:
-        parser.error("--model is required; `nanoflow-tune models` lists what is shipped")
+    try:
+        options = _parsed(argv)
+    except KeyboardInterrupt:
+        print("nanoflow-tune: interrupted before it did anything", file=sys.stderr)
+        return INTERRUPTED
     try:
         return _COMMANDS[options.verb](options)
     except KeyboardInterrupt:
@@ -40,6 +37,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.debug:
             traceback.print_exc()
         return _explain(err, options.debug)
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    from .cli_parser import build_parser  # its imports take long enough to be interrupted
+
+    parser = build_parser()
+    _check_text(parser, sys.argv[1:] if argv is None else argv)
+    options = parser.parse_args(argv)
+    if options.paper:
+        fixed = ("verb", "model", "gpu", "num_gpus", "profile", "output_dir", "effort", "buckets")
+        if any(getattr(options, name) != parser.get_default(name) for name in fixed):
+            parser.error("--paper is LLaMA-2-70B on 8 x A100 80GB: give only --workload, --seed")
+        options.verb = "paper"
+    if options.verb is None and options.model is None:
+        parser.error("--model is required; `nanoflow-tune models` lists what is shipped")
+    return options
+
+
+def _check_text(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Refuse arguments that are no UTF-8: they go into plans and reports, which are."""
+    for argument in argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            parser.error(f"arguments must be UTF-8 text, but got {argument!r}; rename the file")
 
 
 def _tune(options: argparse.Namespace) -> int:
@@ -111,8 +133,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from .export_command import write_whole
     from .html import render
-    from .output_folder import FILES, read_document
+    from .output_folder import DOCUMENT, FILES, read_document
 
     if options.other is not None:
         return _compare(options)
@@ -121,12 +144,12 @@ def _report(options: argparse.Namespace) -> int:
     images = {path.stem: path.read_bytes() for path in pictures if path.exists()}
     try:
         page = render(values, images)
-    except (KeyError, TypeError) as err:
+        write_whole(options.folder / "report.html", page)
+        _show(values, is_json_only=options.json)
+    except (KeyError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError) as err:
         raise ValueError(
-            f"{options.folder / 'report.json'} lacks or misshapes {err}; run the job again"
+            f"{options.folder / DOCUMENT} lacks or misshapes {err}; run the job again"
         ) from err
-    (options.folder / "report.html").write_text(page, encoding="utf-8")
-    _show(values, is_json_only=options.json)
     return DONE
 
 
@@ -283,7 +306,7 @@ def _explain(err: Exception, is_debug: bool) -> int:
     """Say on stderr what went wrong; returns the exit code that it means."""
     code = _exit_code(err)
     if code != CRASH:
-        print(f"nanoflow-tune: error: {err}", file=sys.stderr)
+        print(f"nanoflow-tune: error: {_refusal(err) or err}", file=sys.stderr)
         return code
     print(f"nanoflow-tune: crashed: {type(err).__name__}: {err}", file=sys.stderr)
     if not is_debug:
@@ -303,7 +326,28 @@ def _exit_code(err: Exception) -> int:
         return NOT_VERIFIED
     if isinstance(err, NoFeasiblePlanError):
         return NO_PLAN
-    return BAD_INPUT if isinstance(err, ValueError) else CRASH
+    return BAD_INPUT if isinstance(err, ValueError) or _refusal(err) else CRASH
+
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.ENOLCK),
+)
+
+
+def _refusal(err: Exception) -> str:
+    """What the file system refused and what helps, "" for any other error."""
+    if "database or disk is full" in str(err) or "disk I/O error" in str(err):
+        return "no space is left for the search's database; free some, or name another --output-dir"
+    if not isinstance(err, OSError):
+        return ""
+    where = f"{err.filename}: " if err.filename else ""
+    if err.errno in _DISK_FULL:
+        return f"{where}{err.strerror}; free some space, or name another folder to write to"
+    if err.errno in _REFUSED and where:
+        return f"{where}{err.strerror}; check the path and its permissions, or name another"
+    return ""
 
 
 def _say_interrupted(options: argparse.Namespace) -> None:

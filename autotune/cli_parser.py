@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify = verbs.add_parser("verify", help="run a plan against the unsplit run and compare")
     verify.add_argument("plan", type=Path, metavar="PLAN.yaml")
     verify.add_argument("--model", help="the model's spec, where its name alone is not known")
-    verify.add_argument("--seed", type=int, default=0, help="of weights, pages and orders")
+    verify.add_argument("--seed", type=_seed, default=0, help="of weights, pages and orders")
     _add_output_flags(verify)
     models = verbs.add_parser("models", help="list the shipped models, GPUs and workloads")
     models.add_argument("--gpu", default="h200", help="say how many of these each model needs")
@@ -70,7 +70,7 @@ def _add_job_flags(parser: argparse.ArgumentParser, *, is_model_required: bool =
     )
     add("--output-dir", type=Path, help="default: nanoflow-out/<model>-<gpu>-<workload>-tp<N>")
     add("--effort", choices=("quick", "full"), default="quick", help="(%(default)s)")
-    add("--seed", type=int, default=0, help="(%(default)s)")
+    add("--seed", type=_seed, default=0, help="(%(default)s)")
     add(
         "--buckets",
         type=_buckets,
@@ -155,6 +155,13 @@ def _parts(text: str) -> tuple[str, ...]:
 def _add_output_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="only the JSON line on stdout")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and less than 2^32, but got {value}")
+    return value
 
 
 def _positive(text: str) -> int:
