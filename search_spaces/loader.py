@@ -31,6 +31,7 @@ __all__ = [
     "load_space",
     "load_workload",
     "load_yaml",
+    "parse_yaml",
     "to_mapping",
 ]
 
@@ -47,6 +48,7 @@ _ALSO: dict[Kind, str] = {
     "models": " or of a Hugging Face folder",
     "workloads": ", or PROMPT/DECODE such as 1024/512",
 }
+_MAX_NODES = 1_000_000
 _LENGTHS = re.compile(r"(\d+(?:\.\d+)?)/(\d+(?:\.\d+)?)")
 
 
@@ -121,16 +123,62 @@ def load_yaml(path: Path | Traversable) -> dict[str, Any]:
         raise SpecError(f"{where}: cannot be read ({err.strerror}); check the path") from err
     except UnicodeDecodeError as err:
         raise SpecError(f"{where}: must be UTF-8 text, but byte {err.start} is not") from err
+    return parse_yaml(text, where)
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """The mapping that a text in YAML holds, as strictly as `load_yaml`.
+
+    Raises:
+        SpecError: no YAML, or no mapping.
+    """
     try:
-        value = yaml.load(text, Loader=_StrictLoader)
+        value = _read(text)
     except yaml.YAMLError as err:
         raise SpecError(f"{where}: must be valid YAML, but {_one_line(err)}") from err
+    except (ValueError, LookupError, AttributeError, TypeError) as err:
+        # PyYAML lets these out where a tag does not fit its node, such as `!!map [a]`.
+        raise SpecError(f"{where}: must be valid YAML, but a tag does not fit its value") from err
     except RecursionError as err:
         raise SpecError(f"{where}: must not nest this deeply; flatten it") from err
     if not isinstance(value, dict):
         kind = type(value).__name__
         raise SpecError(f"{where}: must hold a mapping (`key: value` lines), but holds a {kind}")
     return value
+
+
+def _read(text: str) -> object:
+    loader = _StrictLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _expanded_size(node, {}) > _MAX_NODES:
+            raise yaml.MarkedYAMLError(
+                problem=f"its aliases stand for more than {_MAX_NODES} values; write less",
+                problem_mark=node.start_mark,
+            )
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Values in a tree with every alias written out: a few lines of them can be gigabytes."""
+    if id(node) in sizes:
+        if not sizes[id(node)]:
+            raise yaml.MarkedYAMLError(
+                problem="an alias stands for what holds it", problem_mark=node.start_mark
+            )
+        return sizes[id(node)]
+    sizes[id(node)] = 0  # not known yet
+    size = 1
+    if isinstance(node, yaml.SequenceNode):
+        size += sum(_expanded_size(item, sizes) for item in node.value)
+    elif isinstance(node, yaml.MappingNode):
+        size += sum(_expanded_size(item, sizes) for pair in node.value for item in pair)
+    sizes[id(node)] = size
+    return size
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -21,6 +21,10 @@ from typing import get_type_hints as _get_type_hints
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+_INT_LIMIT = 2**53
+"""Whole numbers below it are exact as floats too."""
+_FLOAT_LIMIT = 1e30
+"""Products and quotients of several numbers between this and its inverse are still finite."""
 RecordT = TypeVar("RecordT", bound="DataclassInstance")
 
 
@@ -119,14 +123,31 @@ def _string_keys(value: object, where: str, path: str) -> dict[str, object]:
             raise _fail(
                 where,
                 path,
-                f"keys must be text, but got {reprlib.repr(key)} ({type(key).__name__}); quote it",
+                f"keys must be text, but got {_short(key)} ({type(key).__name__}); quote it",
             )
+        if not _is_unicode(key):
+            raise _fail(where, path, f"keys must be Unicode text, but got {_short(key)}")
     return cast("dict[str, object]", dict(mapping))
 
 
 def _mismatch(expected: str, value: object, where: str, path: str) -> SpecError:
-    got = f"{reprlib.repr(value)} ({type(value).__name__})"
+    got = f"{_short(value)} ({type(value).__name__})"
     return _fail(where, path, f"must be {expected}, but got {got}")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _short(value: object) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an int of more digits than Python prints
+        return "a huge number"
 
 
 def _value(hint: Any, value: object, where: str, path: str) -> object:  # noqa: ANN401
@@ -177,6 +198,11 @@ def _scalar(hint: Any, value: object, where: str, path: str) -> object:  # noqa:
     if type(value) is not hint:
         names = {int: "a whole number", str: "text (quote it)", bool: "true or false"}
         raise _mismatch(names[hint], value, where, path)
+    if hint is str and not _is_unicode(cast("str", value)):
+        raise _mismatch("Unicode text without lone surrogates", value, where, path)
+    if hint is int and not -_INT_LIMIT < cast("int", value) < _INT_LIMIT:
+        # Its digits may be too many to print.
+        raise _fail(where, path, f"must be less than 2^53 = {_INT_LIMIT}, and more than -2^53")
     return value
 
 
@@ -191,6 +217,8 @@ def _float(value: object, where: str, path: str) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise _mismatch("a finite number", value, where, path)
+    if number and not 1 / _FLOAT_LIMIT <= abs(number) <= _FLOAT_LIMIT:
+        raise _mismatch("0, or between 1e-30 and 1e+30 in size", value, where, path)
     return number
 
 

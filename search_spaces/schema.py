@@ -31,6 +31,20 @@ def _require(condition: bool, rule: str, **values: object) -> None:
         raise ValueError(f"{rule}, but got {got}")
 
 
+MAX_LAYERS, MAX_SMS = 4096, 4096
+"""Everything that goes over layers or SMs one by one stays within seconds and megabytes."""
+MAX_NAME = 120
+"""Names become parts of file names, which hold 255 bytes."""
+
+
+def _require_name(name: str) -> None:
+    _require(
+        name.isprintable() and 0 < len(name) <= MAX_NAME and len(name.encode()) <= 2 * MAX_NAME,
+        f"`name` must be 1 to {MAX_NAME} printable characters (it becomes part of file names)",
+        name=name[: MAX_NAME + 1],
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeScaling:
     """How rotary frequencies are changed for contexts longer than those of the first training.
@@ -102,6 +116,7 @@ class ModelSpec:
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
+        _require_name(self.name)
         for name in (
             "hidden_size",
             "intermediate_size",
@@ -115,6 +130,11 @@ class ModelSpec:
             _require(
                 getattr(self, name) > 0, f"`{name}` must be positive", name=getattr(self, name)
             )
+        _require(
+            self.num_hidden_layers <= MAX_LAYERS,
+            f"`num_hidden_layers` must be at most {MAX_LAYERS}",
+            num_hidden_layers=self.num_hidden_layers,
+        )
         _require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             "`num_attention_heads` must be a multiple of `num_key_value_heads`",
@@ -221,10 +241,14 @@ class HardwareSpec:
     power_cap_w: float
 
     def __post_init__(self) -> None:
+        _require_name(self.name)
         for name in ("num_sms", "sm_granularity", "memory_bytes", "memory_bytes_per_s"):
             _require(
                 getattr(self, name) > 0, f"`{name}` must be positive", name=getattr(self, name)
             )
+        _require(
+            self.num_sms <= MAX_SMS, f"`num_sms` must be at most {MAX_SMS}", num_sms=self.num_sms
+        )
         for dtype, flops in self.peak_flops_per_s.items():
             _require(flops > 0, "`peak_flops_per_s` must be positive", dtype=dtype, flops=flops)
 
@@ -253,6 +277,7 @@ class WorkloadSpec:
     decode_tokens_std: float = 0.0
 
     def __post_init__(self) -> None:
+        _require_name(self.name)
         _require(
             self.prompt_tokens > 0, "`prompt_tokens` must be positive", value=self.prompt_tokens
         )
@@ -301,6 +326,7 @@ class SearchSpace:
     """Optuna trials executed and measured, where there is a GPU."""
 
     def __post_init__(self) -> None:
+        _require_name(self.name)
         _require(self.max_nano_batches >= 1, "`max_nano_batches` must be at least 1", value=self)
         _require(
             self.token_granularity > 0, "`token_granularity` must be positive", space=self.name
