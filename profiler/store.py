@@ -9,10 +9,11 @@ counts; `tidy` puts a file that is complete in order, so that two runs can be co
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +22,10 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from .energy import fit_energy, with_fitted_joules
+from ..search_spaces.loader import parse_yaml
+from ..search_spaces.records import SpecError
+from ..search_spaces.schema import DTYPE_BYTES
+from .energy import fit_energy, point_costs, with_fitted_joules
 from .profile import JoulesSource, PairRow, Point, Profile, Row, Source, TripleRow
 
 _POINT = tuple(f.name for f in fields(Point))
@@ -39,6 +43,7 @@ _CSV_NAME = {"kind": "op", "a_kind": "a_op", "b_kind": "b_op", "c_kind": "c_op"}
 PAIRS, TRIPLES = ".pairs.csv", ".triples.csv"
 """Ends of the names of files with co-runs."""
 _SYNC_S = 1.0
+_CELL_LIMIT = 1e15
 
 
 class ProfileError(ValueError):
@@ -68,14 +73,22 @@ class ProfileWriter:
     def __init__(self, path: Path, columns: Sequence[str], header: dict[str, str]) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        self._file = path.open("a", encoding="utf-8", newline="")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            self._file.close()
+            raise ProfileError(
+                f"one run at a time appends to a profile, but another one has {path} open; wait "
+                "for it"
+            ) from err
+        _drop_partial_line(path)
+        if path.stat().st_size == 0:
             text = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
             lines = [f"# {line}" for line in text.splitlines()]
             names = ",".join(_CSV_NAME.get(name, name) for name in columns)
-            path.write_text("\n".join([*lines, names]) + "\n", encoding="utf-8")
-        else:
-            _drop_partial_line(path)
-        self._file = path.open("a", encoding="utf-8", newline="")
+            self._file.write("\n".join([*lines, names]) + "\n")
+            self._file.flush()
         self._synced_s = 0.0
 
     def _write(self, cells: list[str]) -> None:
@@ -125,9 +138,13 @@ class ProfileWriter:
 
 
 def _drop_partial_line(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    if not text.endswith("\n"):
-        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+    """Cut off what a killed run left of its last line, and a header without its columns."""
+    held = path.read_bytes()
+    size = held.rfind(b"\n") + 1
+    if all(line.startswith(b"#") for line in held[:size].splitlines()):
+        size = 0
+    if size != len(held):
+        os.truncate(path, size)
 
 
 def _read(path: Path, columns: Sequence[str]) -> tuple[dict[str, str], list[dict[str, str]]]:
@@ -139,9 +156,9 @@ def _read(path: Path, columns: Sequence[str]) -> tuple[dict[str, str], list[dict
     head = [line[2:] for line in lines if line.startswith("# ")]
     body = [line for line in lines if line and not line.startswith("#")]
     try:
-        header: Any = yaml.safe_load("\n".join(head)) or {}
-    except yaml.YAMLError as err:
-        raise ProfileError(f"the YAML header of {path} is damaged: {err}") from err
+        header = parse_yaml("\n".join(head), f"{path}, header") if head else {}
+    except SpecError as err:
+        raise ProfileError(f"{err}; profile again, or take another file") from err
     names = [_CSV_NAME.get(name, name) for name in columns]
     if not body or body[0].split(",") != names:
         raise ProfileError(
@@ -149,7 +166,7 @@ def _read(path: Path, columns: Sequence[str]) -> tuple[dict[str, str], list[dict
             f"{body[0] if body else 'missing'!r}: profile again, or take another file"
         )
     records: list[dict[str, str]] = []
-    for number, cells in enumerate(csv.reader(body[1:]), start=2):
+    for number, cells in enumerate(_cells(body[1:], path), start=2):
         if len(cells) != len(columns):
             if number == len(body) and not text.endswith("\n"):
                 break
@@ -158,7 +175,14 @@ def _read(path: Path, columns: Sequence[str]) -> tuple[dict[str, str], list[dict
                 "the row, it will be measured again"
             )
         records.append(dict(zip(columns, cells, strict=True)))
-    return {str(key): str(value) for key, value in dict(header).items()}, records
+    return {str(key): str(value) for key, value in header.items()}, records
+
+
+def _cells(lines: list[str], path: Path) -> Iterator[list[str]]:
+    try:
+        yield from csv.reader(lines)
+    except csv.Error as err:
+        raise ProfileError(f"{path} must be CSV, but {err}: take the line out") from err
 
 
 def _convert(cls: type[Any], record: dict[str, str], prefix: str, where: str) -> dict[str, Any]:
@@ -173,6 +197,12 @@ def _convert(cls: type[Any], record: dict[str, str], prefix: str, where: str) ->
             values[field.name] = hint(record[name]) if hint in (int, float) else record[name]
         except ValueError as err:
             raise ProfileError(f"{where}: column {name} must be {hint.__name__}: {err}") from err
+        value = values[field.name]
+        if hint in (int, float) and not abs(value) <= _CELL_LIMIT:  # also what is no number
+            raise ProfileError(
+                f"{where}: column {name} must be at most {_CELL_LIMIT:g} in size, but got "
+                f"{record[name][:40]}: delete the row, it will be measured again"
+            )
     return values
 
 
@@ -189,8 +219,32 @@ def read_rows(path: Path) -> tuple[dict[str, str], list[Row]]:
         values = _convert(Row, record, "", where)
         _check_choice(values["source"], get_args(Source), "source", where)
         _check_choice(values["joules_source"], get_args(JoulesSource), "joules_source", where)
-        rows.append(Row(point=Point(**_convert(Point, record, "", where)), **values))
+        row = Row(point=Point(**_convert(Point, record, "", where)), **values)
+        _check_row(row, where)
+        rows.append(row)
     return header, rows
+
+
+def _check_row(row: Row, where: str) -> None:
+    point = row.point
+    if point.tokens < 1 or point.kv_len < 0 or point.num_sms < 0:
+        raise ProfileError(
+            f"{where}: tokens must be positive, kv_len and num_sms not negative, but got "
+            f"tokens={point.tokens}, kv_len={point.kv_len}, num_sms={point.num_sms}: delete the row"
+        )
+    if not row.error and (row.median_us <= 0 or row.joules < 0 or row.watts < 0):
+        raise ProfileError(
+            f"{where}: median_us must be positive, joules and watts not negative, but got "
+            f"median_us={row.median_us:g}, joules={row.joules:g}, watts={row.watts:g}: delete the "
+            "row, it will be measured again"
+        )
+    try:
+        point_costs(point)
+    except (ValueError, LookupError, AttributeError, ArithmeticError) as err:
+        raise ProfileError(
+            f"{where}: op and shape must be as the profiler writes them, but got {point.kind!r}, "
+            f"{point.shape[:80]!r} ({err}): delete the row"
+        ) from err
 
 
 def read_pairs(path: Path) -> tuple[dict[str, str], list[PairRow]]:
@@ -277,6 +331,11 @@ def load_profile(paths: Iterable[Path]) -> Profile:
                 + ", ".join(f"{header['file']} has {header.get(key)}" for header in headers)
             )
     merged = dict(headers[0])
+    if lacking := [key for key in ("hardware", "dtype") if key not in merged]:
+        raise ProfileError(
+            f"the header of {merged['file']} must have `{'` and `'.join(lacking)}`; add what is "
+            "missing"
+        )
     merged["file"] = ", ".join(header["file"] for header in headers)
     profile = Profile(
         hardware=merged["hardware"],
@@ -286,9 +345,28 @@ def load_profile(paths: Iterable[Path]) -> Profile:
         triples=tuple(triples),
         header=merged,
     )
-    energy = fit_energy(profile, float(merged.get("static_w", "117")))
+    if profile.dtype not in DTYPE_BYTES:
+        raise ProfileError(
+            f"the header of {merged['file']}: `dtype` must be one of {', '.join(DTYPE_BYTES)}, but "
+            f"got {profile.dtype[:40]!r}; correct it"
+        )
+    energy = fit_energy(profile, _static_w(merged))
     profile = replace(profile, energy=energy)
     return replace(profile, rows=with_fitted_joules(profile))
+
+
+def _static_w(header: dict[str, str]) -> float:
+    text = header.get("static_w", "117")
+    try:
+        watts = float(text)
+    except ValueError:
+        watts = -1.0
+    if not 0 <= watts <= _CELL_LIMIT:
+        raise ProfileError(
+            f"the header of {header['file']}: `static_w` must be a number of watts, but got "
+            f"{text[:40]!r}; correct it"
+        )
+    return watts
 
 
 def profile_files(path: Path) -> list[Path]:
