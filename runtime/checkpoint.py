@@ -161,7 +161,12 @@ def _file_of_tensor(folder: Path) -> dict[str, str]:
             f"{folder}: must hold {_SINGLE}, or {_INDEX} and its shards, but holds neither"
         )
     shards = sorted(set(files.values()))
-    missing = [file for file in shards if not (folder / file).is_file()]
+    try:
+        missing = [file for file in shards if not (folder / file).is_file()]
+    except OSError as err:  # a name that is too long
+        raise CheckpointError(
+            f"{folder / _INDEX}: names files that cannot be: {err.strerror}; download it again"
+        ) from err
     if missing:
         raise CheckpointError(
             f"{folder}: {len(missing)} of {len(shards)} shards that {_INDEX} names are missing: "

@@ -23,6 +23,8 @@ from ..search_spaces.schema import Dtype, RowOrder
 SCHEMA = "nanoflow-plan/2"
 READABLE_SCHEMAS = ("nanoflow-plan/1", SCHEMA)
 """1: one bucket or more, each schedule written where it is used."""
+MAX_TOKENS, MAX_NANO_OPS, MAX_STAGE, MAX_GPUS = 1 << 20, 512, 16, 1024
+"""What goes over rows, nano-ops, periods or ranks one by one is bounded, whatever a file says."""
 SM_FREE_VARIANTS = ("copy_engine",)
 """Kernel variants that occupy no SM: only they may be given a share of 0."""
 Lane = str
@@ -46,8 +48,10 @@ class NanoBatch:
 
     def __post_init__(self) -> None:
         start, end = self.tokens
-        if not 0 <= start < end:
-            raise ValueError(f"`tokens` must be a range 0 <= start < end, but got {self.tokens}")
+        if not 0 <= start < end <= MAX_TOKENS:
+            raise ValueError(
+                f"`tokens` must be a range 0 <= start < end <= {MAX_TOKENS}, but got {self.tokens}"
+            )
         if not 0 <= self.decode_tokens <= end - start:
             raise ValueError(
                 "`decode_tokens` must lie between 0 and the rows of the nano-batch, but got "
@@ -79,10 +83,10 @@ class NanoOp:
                 f"`tokens` must be a range 0 <= start < end, but got {self.tokens} in {self.op}"
             )
         least = 0 if self.variant in SM_FREE_VARIANTS else 1
-        if self.num_sms < least or self.stage < 0:
+        if self.num_sms < least or not 0 <= self.stage <= MAX_STAGE:
             raise ValueError(
                 "`num_sms` must be positive (0 is for variants that take no SMs: "
-                f"{', '.join(SM_FREE_VARIANTS)}) and `stage` not negative, but got "
+                f"{', '.join(SM_FREE_VARIANTS)}) and `stage` from 0 to {MAX_STAGE}, but got "
                 f"num_sms={self.num_sms}, stage={self.stage} in {self.op}, {self.variant}"
             )
 
@@ -96,6 +100,12 @@ class Schedule:
     nano_batches: tuple[NanoBatch, ...]
     nano_ops: tuple[NanoOp, ...]
     """In issue order."""
+
+    def __post_init__(self) -> None:
+        if len(self.nano_ops) > MAX_NANO_OPS:
+            raise ValueError(
+                f"`nano_ops` must be at most {MAX_NANO_OPS}, but there are {len(self.nano_ops)}"
+            )
 
     @property
     def dense_batch_tokens(self) -> int:
@@ -247,3 +257,10 @@ class Plan:
     """The workload's own first."""
     break_even: tuple[BreakEven, ...] = ()
     """The workload's own mix and KV length first; empty without a plan book."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_gpus <= MAX_GPUS or self.page_size < 1:
+            raise ValueError(
+                f"`num_gpus` must be from 1 to {MAX_GPUS} and `page_size` positive, but got "
+                f"num_gpus={self.num_gpus}, page_size={self.page_size}"
+            )

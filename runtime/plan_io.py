@@ -220,6 +220,11 @@ def _candidates(bucket: Bucket) -> Iterator[tuple[str, Candidate]]:
 def _check_bucket(bucket: Bucket, where: str) -> None:
     for role, candidate in _candidates(bucket):
         schedule = candidate.schedule
+        for timing in (candidate.predicted, candidate.measured or candidate.predicted):
+            if timing.period_us <= 0:
+                raise SpecError(
+                    f"{where}.{role}`: `period_us` must be positive, but got {timing.period_us:g}"
+                )
         if not schedule.nano_batches or not schedule.nano_ops:
             raise SpecError(
                 f"{where}.{role}.schedule`: must have at least one nano-batch and one nano-op"
