@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,18 +50,31 @@ def trace_lengths(path: Path, max_tokens: int, limit: int) -> list[tuple[int, in
         ValueError: unreadable, a column is missing, a number is none, or nothing fits.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             lines = csv.DictReader(file)
             missing = {"ContextTokens", "GeneratedTokens"} - set(lines.fieldnames or ())
             if missing:
                 raise ValueError(f"{path} must have the column(s) {', '.join(sorted(missing))}")
-            lengths = [(int(ln["ContextTokens"]), int(ln["GeneratedTokens"])) for ln in lines]
-    except OSError as err:
+            lengths = [
+                (
+                    _whole(line["ContextTokens"], f"{path}, row {number}: ContextTokens"),
+                    _whole(line["GeneratedTokens"], f"{path}, row {number}: GeneratedTokens"),
+                )
+                for number, line in enumerate(lines, start=1)
+            ]
+    except (OSError, UnicodeDecodeError, csv.Error) as err:
         raise ValueError(f"{path}: the trace cannot be read ({err}); check the path") from err
     fitting = [(p, d) for p, d in lengths if p > 0 and d > 0 and p + d <= max_tokens][:limit]
     if not fitting:
         raise ValueError(f"{path} has no request of at most {max_tokens} tokens")
     return fitting
+
+
+def _whole(text: str | None, where: str) -> int:
+    """A cell of a trace; None where a row is too short."""
+    if text is None or not re.fullmatch(r"\s*[+-]?[0-9]{1,15}\s*", text):
+        raise ValueError(f"{where} must be a whole number, but got {(text or '')[:40]!r}")
+    return int(text)
 
 
 def workload_lengths(
