@@ -119,8 +119,10 @@ def held(folder: Path) -> Generator[None]:
             _move_in(folder)
         yield
     finally:
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
+        try:
+            lock.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
         for folder_made in made:  # the innermost first
             with suppress(OSError):  # holds something
                 folder_made.rmdir()
