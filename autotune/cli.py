@@ -330,6 +330,7 @@ def _exit_code(err: Exception) -> int:
 
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DATABASE_FULL = ("database or disk is full", "disk I/O error")
 _REFUSED = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.ENOLCK),
@@ -338,7 +339,10 @@ _REFUSED = (
 
 def _refusal(err: Exception) -> str:
     """What the file system refused and what helps, "" for any other error."""
-    if "database or disk is full" in str(err) or "disk I/O error" in str(err):
+    cause: BaseException | None = err  # Optuna wraps what SQLite says
+    while cause is not None and not any(text in str(cause) for text in _DATABASE_FULL):
+        cause = cause.__cause__
+    if cause is not None:
         return "no space is left for the search's database; free some, or name another --output-dir"
     if not isinstance(err, OSError):
         return ""

@@ -150,7 +150,13 @@ def _deliver(
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is there whole or not at all."""
+    """Write a text file that is there whole or not at all.
+
+    Raises:
+        ValueError: `path` is a folder.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, but a file is to be written; name one in it")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
