@@ -330,7 +330,9 @@ def load_profile(paths: Iterable[Path]) -> Profile:
                 f"profiles of different {key} cannot be mixed: "
                 + ", ".join(f"{header['file']} has {header.get(key)}" for header in headers)
             )
-    merged = dict(headers[0])
+    merged: dict[str, str] = {}
+    for header in sorted(headers, key=lambda header: header.get("date", "")):
+        merged.update(header)  # the newest file speaks; older ones add what it does not say
     if lacking := [key for key in ("hardware", "dtype") if key not in merged]:
         raise ProfileError(
             f"the header of {merged['file']} must have `{'` and `'.join(lacking)}`; add what is "

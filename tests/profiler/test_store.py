@@ -160,6 +160,19 @@ def test_profiles_of_two_gpus_do_not_mix(tmp_path):
         load_profile([])
 
 
+def test_of_several_files_the_newest_header_speaks(tmp_path):
+    old = {**HEADER, "date": "2026-11-23", "static_w": "110"}
+    new = {**HEADER, "date": "2026-11-24", "sustained_gemm_flops_per_s": "6.6e14"}
+    new.pop("static_w", None)
+    write(tmp_path / "a.csv", [row()], old)
+    write(tmp_path / "b.csv", [row(point=point(tokens=77))], new)
+    for order in (("a", "b"), ("b", "a")):
+        header = load_profile([tmp_path / f"{name}.csv" for name in order]).header
+        assert header["date"] == "2026-11-24"
+        assert header["sustained_gemm_flops_per_s"] == "6.6e14"
+        assert header["static_w"] == "110", "what only the older one says is kept"
+
+
 def test_joules_that_were_not_measured_are_fitted_and_tagged(tmp_path):
     static_w, per_flop, per_byte = 120.0, 1e-12, 1e-10
     rows = []
