@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ..search_spaces.records import read_bounded
+
 DOCUMENT = "report.json"
 FILES = (
     "plan.yaml",
@@ -81,13 +83,13 @@ def read_document(folder: Path) -> dict[str, Any]:
     """
     path = folder / DOCUMENT
     try:
-        document: Any = json.loads(path.read_text(encoding="utf-8"))
+        document: Any = json.loads(read_bounded(path).decode("utf-8"))
     except FileNotFoundError as err:
         raise ValueError(
             f"{folder} must hold the {DOCUMENT} of a finished job, but has none; name a folder "
             "that nanoflow-tune wrote"
         ) from err
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise ValueError(f"{path} cannot be read ({err}); run the job again") from err
     if not isinstance(document, dict):
         raise ValueError(f"{path} must hold a JSON object; run the job again")

@@ -23,7 +23,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from ..search_spaces.loader import parse_yaml
-from ..search_spaces.records import SpecError
+from ..search_spaces.records import SpecError, read_bounded
 from ..search_spaces.schema import DTYPE_BYTES
 from .energy import fit_energy, point_costs, with_fitted_joules
 from .profile import JoulesSource, PairRow, Point, Profile, Row, Source, TripleRow
@@ -149,7 +149,7 @@ def _drop_partial_line(path: Path) -> None:
 
 def _read(path: Path, columns: Sequence[str]) -> tuple[dict[str, str], list[dict[str, str]]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path).decode("utf-8").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as err:
         raise ProfileError(f"cannot read the profile {path}: {err}") from err
     lines = text.split("\n")  # splitlines also breaks at form feeds and the like

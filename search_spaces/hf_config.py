@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from .hf_rope import rope_parameters, rope_scaling
-from .records import SpecError, from_mapping
+from .records import SpecError, from_mapping, read_bounded
 from .schema import Architecture, ModelSpec
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -55,7 +55,7 @@ def load_hf_config(path: Path) -> ModelSpec:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_bytes().decode("utf-8"))
+        value = json.loads(read_bounded(file).decode("utf-8"))
     except OSError as err:
         raise SpecError(f"{file}: cannot be read ({err.strerror}); check the path") from err
     except (ValueError, RecursionError) as err:  # UnicodeDecodeError and JSONDecodeError too

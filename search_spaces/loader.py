@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 
 from .hf_config import load_hf_config
-from .records import SpecError, closest, content_hash, from_mapping, to_mapping
+from .records import SpecError, closest, content_hash, from_mapping, read_bounded, to_mapping
 from .schema import HardwareSpec, ModelSpec, SearchSpace, WorkloadSpec
 
 __all__ = [
@@ -118,7 +118,7 @@ def load_yaml(path: Path | Traversable) -> dict[str, Any]:
     """
     where = str(path)
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = read_bounded(path).decode("utf-8")
     except OSError as err:
         raise SpecError(f"{where}: cannot be read ({err.strerror}); check the path") from err
     except UnicodeDecodeError as err:

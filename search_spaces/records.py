@@ -7,6 +7,7 @@ path, the rule and the remedy; nothing is guessed, coerced or dropped.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -15,6 +16,8 @@ import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
+from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 from typing import get_type_hints as _get_type_hints
 
@@ -25,11 +28,25 @@ _INT_LIMIT = 2**53
 """Whole numbers below it are exact as floats too."""
 _FLOAT_LIMIT = 1e30
 """Products and quotients of several numbers between this and its inverse are still finite."""
+_MAX_FILE_BYTES = 32 << 20
 RecordT = TypeVar("RecordT", bound="DataclassInstance")
 
 
 class SpecError(ValueError):
     """A spec or plan file that breaks a rule; the message names file, key, rule and remedy."""
+
+
+def read_bounded(path: Path | Traversable) -> bytes:
+    """The content of a file that people or this tool wrote, which is never this large.
+
+    Raises:
+        OSError: it cannot be read, or goes on and on as a device does.
+    """
+    with path.open("rb") as file:
+        content = file.read(_MAX_FILE_BYTES + 1)
+    if len(content) > _MAX_FILE_BYTES:
+        raise OSError(errno.EFBIG, f"more than {_MAX_FILE_BYTES >> 20} MiB", str(path))
+    return content
 
 
 def from_mapping(cls: type[RecordT], mapping: object, where: str) -> RecordT:

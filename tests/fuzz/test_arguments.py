@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from command_line import empty_folder, run
 from hypothesis import example, given
 from hypothesis import strategies as st
 from mutations import tries
+
+from nanoflow_tune.autotune import cli
 
 JOB_FLAGS = (
     *("--model", "--gpu", "--num-gpus", "--workload", "--profile", "--output-dir", "--effort"),
@@ -42,6 +47,27 @@ def test_flags_of_a_job(flags, verb):
         flat = [part for pair in flags for part in pair]
         run((*verb, *(("--model", "tiny-llama") if not flags else ()), *flat, "--dry-run"))
         assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--model", "zero.yaml", "--dry-run"),
+        ("--model", "zero.json", "--dry-run"),
+        ("--model", "tiny-llama", "--gpu", "zero.yaml", "--dry-run"),
+        ("--model", "tiny-llama", "--profile", "/dev/zero", "--dry-run"),
+        ("verify", "/dev/zero"),
+        ("report", "job"),
+    ],
+)
+def test_files_without_end_are_refused(arguments):
+    with empty_folder():
+        Path("job").mkdir()
+        for name in ("zero.yaml", "zero.json", "job/report.json"):
+            Path(name).symlink_to("/dev/zero")
+        code, _, err = run(arguments)
+        assert code == cli.BAD_INPUT
+        assert "more than 32 MiB" in err
 
 
 @tries(60, 2000)

@@ -249,9 +249,9 @@ def test_ctrl_c_says_how_to_go_on_and_leaves_nothing_half_done(tmp_path):
 def test_jobs_killed_at_random_moments(tmp_path):
     """Each kill leaves the finished result of before, or nothing; the last run needs no help."""
     folder, rng = tmp_path / "out", random.Random(0)
-    for attempt in range(12):
+    for attempt in range(8):
         child = start(folder)
-        time.sleep(rng.uniform(0.2, 30.0))
+        time.sleep(rng.uniform(0.2, 15.0))
         child.kill()
         child.communicate()
         if (folder / DOCUMENT).exists():
@@ -264,7 +264,7 @@ def test_jobs_killed_at_random_moments(tmp_path):
 
 
 @only_long
-@pytest.mark.parametrize("size", [0, 100, 5_000, 50_000, 150_000, 500_000])
+@pytest.mark.parametrize("size", [0, 5_000, 50_000, 150_000])
 def test_jobs_on_a_full_disk(tmp_path, size):
     child = start(tmp_path / "out", preexec_fn=limited(size))
     err = child.communicate()[1]
