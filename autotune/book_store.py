@@ -91,6 +91,6 @@ def _line(mapping: dict[str, Any]) -> str:
 def _parsed(line: str) -> dict[str, Any]:
     try:
         value: Any = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
