@@ -13,6 +13,7 @@ table. Percent of optimal is 2 P FLOPs a token at some GEMM rate. No torch here.
 from __future__ import annotations
 
 import csv
+import io
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from ..profiler.traffic import plan_traffic
 from ..runtime.op_graph import OpGraph
 from ..runtime.plan import Bucket, NanoOp, Plan, Schedule
 from ..runtime.plan_choice import PlanBook
+from ..search_spaces.records import read_bounded
 from ..search_spaces.schema import HardwareSpec, WorkloadSpec
 
 BOOKS = ("sequential", "nano_only", "overlapped", "winner", "offload")
@@ -50,18 +52,18 @@ def trace_lengths(path: Path, max_tokens: int, limit: int) -> list[tuple[int, in
         ValueError: unreadable, a column is missing, a number is none, or nothing fits.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = csv.DictReader(file)
-            missing = {"ContextTokens", "GeneratedTokens"} - set(lines.fieldnames or ())
-            if missing:
-                raise ValueError(f"{path} must have the column(s) {', '.join(sorted(missing))}")
-            lengths = [
-                (
-                    _whole(line["ContextTokens"], f"{path}, row {number}: ContextTokens"),
-                    _whole(line["GeneratedTokens"], f"{path}, row {number}: GeneratedTokens"),
-                )
-                for number, line in enumerate(lines, start=1)
-            ]
+        text = read_bounded(path).decode("utf-8-sig")
+        lines = csv.DictReader(io.StringIO(text, newline=""))
+        missing = {"ContextTokens", "GeneratedTokens"} - set(lines.fieldnames or ())
+        if missing:
+            raise ValueError(f"{path} must have the column(s) {', '.join(sorted(missing))}")
+        lengths = [
+            (
+                _whole(line["ContextTokens"], f"{path}, row {number}: ContextTokens"),
+                _whole(line["GeneratedTokens"], f"{path}, row {number}: GeneratedTokens"),
+            )
+            for number, line in enumerate(lines, start=1)
+        ]
     except (OSError, UnicodeDecodeError, csv.Error) as err:
         raise ValueError(f"{path}: the trace cannot be read ({err}); check the path") from err
     fitting = [(p, d) for p, d in lengths if p > 0 and d > 0 and p + d <= max_tokens][:limit]
