@@ -50,6 +50,9 @@ class Origin:
 
     command: str
     commit: str
+    models: tuple[str, ...] = ()
+    """Of `never-worse`; all when empty."""
+    gpus: tuple[str, ...] = ()
 
     def row(
         self, figure: str, case: str, value: float, unit: str, reach: str, spread: str = ""
@@ -100,8 +103,8 @@ def time_rows(origin: Origin) -> Iterator[FigureRow]:
 def never_worse_rows(origin: Origin) -> Iterator[FigureRow]:
     """The winner over the best of the three baselines, worst workload of each model and GPU."""
     models = [name for name in known("models") if name not in NOT_SHIPPED_MODELS]
-    for model in models:
-        for gpu in known("hardware"):
+    for model in origin.models or models:
+        for gpu in origin.gpus or known("hardware"):
             ratios: dict[str, float] = {}
             for workload in known("workloads"):
                 found = roofline_search(model, gpu, workload)
@@ -121,6 +124,8 @@ def roofline_search(model_name: str, gpu: str, workload_name: str) -> SearchResu
         load_workload(workload_name),
     )
     space = replace(load_space("quick"), milp_time_limit_s=0.5, simulator_trials=6)
+    if model.torch_dtype not in hardware.peak_flops_per_s:  # V100: half precision of the same width
+        model = replace(model, torch_dtype="float16")
     try:
         num_gpus = num_gpus_default(model, hardware)
         batch = dense_batch(model, hardware, workload, space, num_gpus)
@@ -160,13 +165,20 @@ def main() -> None:
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--commit", default="", help="what the rows are of; default: HEAD")
     parser.add_argument("--out", type=Path, default=FIGURES)
+    parser.add_argument("--models", nargs="*", default=[], help="of never-worse; default: all")
+    parser.add_argument("--gpus", nargs="*", default=[], help="of never-worse; default: all")
     arguments = parser.parse_args()
     head = ["git", "rev-parse", "--short", "HEAD"]
     commit = (
         arguments.commit
         or subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
     )
-    origin = Origin(command=f"python benchmarks/search_reach.py {arguments.kind}", commit=commit)
+    origin = Origin(
+        command=f"python benchmarks/search_reach.py {arguments.kind}",
+        commit=commit,
+        models=tuple(arguments.models),
+        gpus=tuple(arguments.gpus),
+    )
     rows: list[FigureRow] = []
     for row in KINDS[arguments.kind](origin):
         write_figures([row], arguments.out)  # at once, so that a killed run leaves what it has
