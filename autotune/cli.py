@@ -133,7 +133,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from .export_command import write_whole
+    from ..search_spaces.whole_file import write_whole
     from .html import render
     from .output_folder import DOCUMENT, FILES, read_document
 

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..search_spaces.whole_file import write_whole
 from .comparison import compare, read_side
 from .comparison_page import page
-from .export_command import write_whole
 
 DEFAULT_FOLDER = Path("nanoflow-out/compare")
 

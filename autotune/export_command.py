@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from ..runtime.plan_io import load_plan
 from ..runtime.plan_schema import plan_schema
 from ..search_spaces.loader import load_hardware, load_model
 from ..search_spaces.records import content_hash
+from ..search_spaces.whole_file import write_whole
 from .export_facts import PDMUX_MIN_GROUPS
 from .export_sglang import PDMUX_FILE, export_sglang
 from .export_vllm import export_vllm
@@ -147,23 +146,3 @@ def _deliver(
         print(text, end="")
     written = str(options.output) if options.output else None
     return {"to": options.to, "output": written, **values}
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is there whole or not at all.
-
-    Raises:
-        ValueError: `path` is a folder.
-    """
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder, but a file is to be written; name one in it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

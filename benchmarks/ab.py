@@ -239,7 +239,7 @@ def is_cublas(variant: str) -> bool:
 def recorded_command(script: str, arguments: Sequence[str]) -> str:
     """The command of a figure, without where this run put its files."""
     kept = list(arguments)
-    for option in ("--out", "--details"):
+    for option in ("--out", "--details", "--figures"):
         while option in kept:
             del kept[kept.index(option) : kept.index(option) + 2]
     return shlex.join(["python", f"benchmarks/{script}.py", *kept])

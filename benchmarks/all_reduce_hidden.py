@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -25,6 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ab import recorded_command
 from all_reduce_workload import (
     GEMMS,
     HIDDEN,
@@ -239,7 +239,7 @@ def main() -> None:
     widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
-    command = shlex.join(["python", "benchmarks/all_reduce_hidden.py", *sys.argv[1:]])
+    command = recorded_command("all_reduce_hidden", sys.argv[1:])
     rows: list[FigureRow] = []
     for arrangement in ARRANGEMENTS:
         name = min(options.transports, key=lambda t: statistics.median(found[t, arrangement]))

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import torch
 
-from nanoflow_tune.runtime.engine import Engine
 from nanoflow_tune.runtime.engine_config import EngineConfig
 from nanoflow_tune.runtime.kv_cache import PagedKvCache
 from nanoflow_tune.runtime.model_runner import ModelRunner
@@ -107,9 +106,3 @@ def tiny_runner(weights: Weights, config: EngineConfig, book: PlanBook) -> Model
     )
     graph = OpGraph.build(weights.model)
     return ModelRunner(graph, weights, cache, book, config.runner_sizes)
-
-
-def tiny_engine(weights: Weights, config: EngineConfig, rows: int) -> Engine:
-    """An engine that has not been started."""
-    book = tiny_book(OpGraph.build(weights.model), rows)
-    return Engine(config, book, lambda: tiny_runner(weights, config, book))

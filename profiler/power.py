@@ -44,11 +44,6 @@ class PowerMeter:
         return float(self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM))
 
     @property
-    def instant_watts(self) -> float:
-        """Board power as the driver reports it (averaged over its own window)."""
-        return self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3
-
-    @property
     def power_cap_w(self) -> float:
         """Enforced power limit."""
         return self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle) / 1e3

@@ -10,8 +10,6 @@ graph and the hardware, the schedules are checked as well (`schedule.check`).
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ import yaml
 from ..search_spaces.loader import load_yaml
 from ..search_spaces.records import SpecError, from_mapping, to_mapping
 from ..search_spaces.schema import HardwareSpec
+from ..search_spaces.whole_file import write_whole
 from .legality import check
 from .op_graph import OpGraph
 from .plan import READABLE_SCHEMAS, SCHEMA, Bucket, Candidate, Plan, Schedule
@@ -65,16 +64,7 @@ def dump_plan(plan: Plan, path: Path) -> None:
     """Write a plan; the file is there whole or not at all."""
     mapping = _with_flow(_by_name(plan))
     text = yaml.dump(mapping, Dumper=_Dumper, sort_keys=False, width=1 << 20, allow_unicode=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, text)
 
 
 def load_plan(
