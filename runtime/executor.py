@@ -23,11 +23,12 @@ from .batching import DenseBatch
 from .binding import Binder, Launch
 from .buffers import Buffers
 from .kernels import torch_ops
+from .kernels.gather_buffer import output_rows
 from .kv_cache import PagedKvCache
 from .op_graph import OpGraph
 from .plan import NanoOp, Schedule
 from .sampling import GreedySampler, MakeSampler, Sampler
-from .schedule import Instance, unroll
+from .schedule import Instance, has_o_columns, unroll
 from .weights import Weights
 
 Observe = Callable[[Instance], None]
@@ -80,7 +81,7 @@ class Executor:
 
         Raises:
             ValueError: batch and schedule differ in rows, a request is longer than the model
-                takes, or ranks lack groups.
+                takes, ranks lack groups, or weights lack a form of the output projection.
         """
         if batch.num_rows != schedule.dense_batch_tokens:
             raise ValueError(
@@ -96,6 +97,11 @@ class Executor:
         self.resources = resources or Resources()
         if graph.tp_degree > 1 and self.resources.groups is None:
             raise ValueError(f"{graph.tp_degree} ranks need `Resources.groups`, one for each lane")
+        if has_o_columns([schedule]) and weights.layers[0].o_columns_WA is None:
+            raise ValueError(
+                f"schedule {schedule.name!r} splits the output projection by columns, but the "
+                "weights were made without that form: make them with `with_o_columns`"
+            )
         self.graph, self.weights, self.cache = graph, weights, cache
         self.batch, self.schedule = batch, schedule
         self._make_sampler = make_sampler
@@ -120,6 +126,8 @@ class Executor:
             self.buffers = replace(
                 shares_with.buffers, **{name: buffer[:num_rows] for name, buffer in shared}
             )
+        if has_o_columns([self.schedule]) and self.buffers.heads_TA is None:
+            self.buffers = self.buffers.with_gathered(self.weights, self._gathered_rows)
         num_layers = len(self.weights.layers)
         self.instances = unroll(self.schedule, self.graph, num_layers)
         binder = Binder(
@@ -150,6 +158,13 @@ class Executor:
         self._allocate_outputs(shares_with)
         return self
 
+    def _gathered_rows(self, name: str, num_rows: int, width: int) -> Tensor:
+        """Memory that every all-gather of the schedule can write; all lanes share it."""
+        gathers = (n for n in self.schedule.nano_ops if self.graph.op(n.op).kind == "all_gather")
+        group = self.resources.groups[next(gathers).lane] if self.resources.groups else None
+        dtype = self.buffers.residual_TD.dtype
+        return output_rows(group, num_rows, width, dtype, self.device, name)
+
     def _stream(self, nano_op: NanoOp) -> torch.cuda.Stream | None:
         if self.device.type != "cuda" or self.resources.partitions is None:
             return None
@@ -178,11 +193,14 @@ class Executor:
         num_logits, weights = self.batch.logit_rows_R.shape[0], self.weights
         hidden, vocab = weights.model.hidden_size, weights.lm_head_VD.shape[0]
         new = partial(torch.empty, dtype=weights.lm_head_VD.dtype, device=self.device)
-        self._last_RD, self._delta_RD = new((num_logits, hidden)), new((num_logits, hidden))
-        self._last_normed_RD = new((num_logits, hidden))
-        shared_RV = None if shares_with is None else shares_with.logits_RV[:num_logits]
-        self.logits_RV = new((num_logits, vocab)) if shared_RV is None else shared_RV
-        """Logits of this rank's part of the vocabulary."""
+        if shares_with is None:
+            self.logits_RV = new((num_logits, vocab))
+            """Logits of this rank's part of the vocabulary."""
+            self._last_3RD = new((3, num_logits, hidden))
+        else:
+            self.logits_RV = shares_with.logits_RV[:num_logits]
+            self._last_3RD = shares_with._last_3RD[:, :num_logits]
+        self._last_RD, self._delta_RD, self._last_normed_RD = self._last_3RD
         if self._make_sampler is not None:
             self.sampler = self._make_sampler(weights, num_logits)
 
@@ -264,14 +282,29 @@ class Executor:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def capture(self, stream: torch.cuda.Stream | None = None) -> None:
-        """Capture the whole iteration into one CUDA graph; two eager runs warm it up."""
-        for _ in range(2):
-            self.run()
+    def capture(
+        self,
+        stream: torch.cuda.Stream | None = None,
+        *,
+        pool: Any = None,  # noqa: ANN401 - torch names no type
+        is_warm: bool = False,
+    ) -> None:
+        """Capture the whole iteration into one CUDA graph; two eager runs warm it up.
+
+        Args:
+            stream: to capture on; None takes a new one.
+            pool: memory that graphs which never run at the same time may share.
+            is_warm: another executor ran this schedule: what comes behind the layers is run alone.
+        """
+        for _ in range(1 if is_warm else 2):
+            if is_warm:
+                self._finish()
+            else:
+                self.run()
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
         # NCCL's watchdog thread may query events meanwhile: only this thread is restricted.
-        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool, stream, capture_error_mode="thread_local"):
             self.run()
 
     def replay(self) -> None:
