@@ -16,20 +16,20 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from math import log
 from typing import cast
 
-from ..profiler.profile import EnergyModel, PairRow, Point, Profile, Row, Source
+from ..profiler.profile import EnergyModel, Profile, Row, Source
 from ..runtime.op_graph import Op, OpGraph, OpKind, RowMix
-from ..runtime.op_shapes import RESOURCE_OF_KIND, moved_bytes, op_of_shape
+from ..runtime.op_shapes import moved_bytes, op_of_shape
 from ..runtime.plan import SM_FREE_VARIANTS
 from ..search_spaces.schema import DTYPE_BYTES, Dtype, HardwareSpec
 from .composed_rows import with_composed_rows
 from .copy_transport import as_sent, summing
+from .interference import Interference, Place
 from .kernel_grid import KernelGrid
 from .power_fit import fit_power
 from .power_model import FASTEST, Load, PowerModel, Price
-from .roofline import memory_share, roofline_us, shape_distance
+from .roofline import roofline_us, shape_distance
 
 DEFAULT_VARIANTS: dict[OpKind, str] = {
     "gemm": "cublas",
@@ -82,7 +82,7 @@ class CostModel:
         self._power: PowerModel | None = None
         self._op_of_shape = cache(op_of_shape)
         self._grids = self._build_grids()
-        self._pairs = _index_pairs(profile.pairs if profile else ())
+        self._interference = Interference(profile.pairs if profile else (), hardware)
         self._estimates: dict[tuple[object, ...], Estimate] = {}
         self.variants = cache(self._variants)
         self.slowdown = cache(self._slowdown)
@@ -298,39 +298,18 @@ class CostModel:
             return shape
         return min(shapes, key=lambda other: shape_distance(shape, other), default=None)
 
-    def _slowdown(self, op_a: Op, num_sms_a: int, op_b: Op, num_sms_b: int) -> float:
-        """Time of A beside B / time of A alone on the same SMs.
-
-        The measured pair of these kinds with the nearest shares, else of these resources, else
-        what sharing the memory bandwidth costs when both are bound by it. A transport on a share
-        of 0 is like pairs with a share of 0 only. Without any, it and what runs beside it share
-        the bandwidth as if they were bound by it, where copies at full speed draw twice the
-        link's: 1.19 at most on an H200, which a GEMM should rather stay below.
-        """
-        resources = RESOURCE_OF_KIND[op_a.kind], RESOURCE_OF_KIND[op_b.kind]
-        places = num_sms_a, num_sms_b
-        measured = self._like((op_a.kind, op_b.kind), places) or self._like(resources, places)
-        if not measured:
-            if resources != ("memory", "memory") and 0 not in places:
-                return 1.0
-            return max(1.0, sum(memory_share(sms, self.hardware) for sms in places))
-        distances = [
-            (_share_distance(num_sms_a, sms_a) + _share_distance(num_sms_b, sms_b), slowdown)
-            for sms_a, sms_b, slowdown in measured
-        ]
-        nearest = min(distance for distance, _ in distances)
-        close = [slowdown for distance, slowdown in distances if distance <= nearest + 1e-9]
-        return sum(close) / len(close)
-
-    def _like(
-        self, kinds: tuple[str, str], places: tuple[int, int]
-    ) -> list[tuple[int, int, float]]:
-        """Measured pairs of two kinds or resources, with SMs and without them where asked so."""
-        return [
-            pair
-            for pair in self._pairs.get(kinds, ())
-            if (pair[0] > 0, pair[1] > 0) == (places[0] > 0, places[1] > 0)
-        ]
+    def _slowdown(
+        self,
+        op_a: Op,
+        num_sms_a: int,
+        op_b: Op,
+        num_sms_b: int,
+        variant_a: str = "",
+        variant_b: str = "",
+    ) -> float:
+        """Time of A beside B / time of A alone on the same SMs; see `interference.py`."""
+        one, beside = Place(op_a, num_sms_a, variant_a), Place(op_b, num_sms_b, variant_b)
+        return self._interference.slowdown(one, beside)
 
 
 def _no_variant(op: Op) -> str:
@@ -338,11 +317,6 @@ def _no_variant(op: Op) -> str:
         f"a share of 0 is for variants that take no SMs ({', '.join(SM_FREE_VARIANTS)}), "
         f"but none of {op.name} is in the profile; give it SMs"
     )
-
-
-def _share_distance(a: int, b: int) -> float:
-    """How different two shares are, by ratio; a share of 0 is only ever compared with itself."""
-    return 0.0 if a == b else abs(log(a / b))
 
 
 def energy_model(profile: Profile | None, hardware: HardwareSpec) -> EnergyModel | None:
@@ -381,21 +355,3 @@ def worst_source(sources: Iterable[Source]) -> Source:
 def _profile_kv_len(kind: str, context: float) -> float:
     """`Point.kv_len` of a mean context: the prompt length, for causal prefill."""
     return 2 * context - 1 if kind == "prefill_attention" else context
-
-
-def _index_pairs(
-    pairs: Iterable[PairRow],
-) -> dict[tuple[str, str], tuple[tuple[int, int, float], ...]]:
-    """(kind or resource of A, of B) -> (SMs of A, SMs of B, slowdown of A), both ways round."""
-    found = defaultdict[tuple[str, str], list[tuple[int, int, float]]](list)
-
-    def add(a: Point, b: Point, slowdown: float) -> None:
-        entry = a.num_sms, b.num_sms, max(slowdown, 1e-3)
-        kinds = cast(OpKind, a.kind), cast(OpKind, b.kind)
-        found[kinds].append(entry)
-        found[RESOURCE_OF_KIND[kinds[0]], RESOURCE_OF_KIND[kinds[1]]].append(entry)
-
-    for pair in pairs:
-        add(pair.a, pair.b, pair.slowdown_a)
-        add(pair.b, pair.a, pair.slowdown_b)
-    return {key: tuple(entries) for key, entries in found.items()}

@@ -80,8 +80,10 @@ def _misses(model: CostModel, points: Sequence[Point], slowdowns: Sequence[float
         others = [number for number in range(len(points)) if number != index]
         predicted = 1.0
         for other in others:
-            there = points[other].num_sms
-            predicted *= model.slowdown(ops[index], point.num_sms, ops[other], there)
+            there = points[other]
+            predicted *= model.slowdown(
+                ops[index], point.num_sms, ops[other], there.num_sms, point.variant, there.variant
+            )
         found.append(
             Miss(
                 kinds=(point.kind, *(points[other].kind for other in others)),
@@ -106,9 +108,10 @@ def report_section(profile: Profile, hardware: HardwareSpec) -> str:
         "",
         "A slowdown is the time of a kernel beside others over its time alone on the same SMs. For "
         "a pair that was not measured the cost model takes the measured pairs of the same two "
-        "kinds whose shares are nearest (by ratio), else those of the same two resources, whatever "
-        "their shapes and variants; without any it takes 1, or for two memory-bound kernels, and "
-        "beside copy engines, what sharing the bandwidth costs. Three lanes get the product of "
+        "kinds, of the same kernel where memory binds it, with the nearest shares (by ratio), else "
+        "those of the same two resources, whatever their shapes; without any it takes 1, or for "
+        "two memory-bound kernels, and beside copy engines, what sharing the bandwidth costs. "
+        "Three lanes get the product of "
         "their pairwise slowdowns.",
         "",
         f"Pairs: every other one of {len(profile.pairs)} was left out and predicted from the rest.",

@@ -100,5 +100,13 @@ class PaperCosts(CostModel):
     def _variants(self, op: Op, num_sms: int) -> tuple[str, ...]:
         return ("paper",) if num_sms else ()
 
-    def _slowdown(self, op_a: Op, num_sms_a: int, op_b: Op, num_sms_b: int) -> float:
+    def _slowdown(
+        self,
+        op_a: Op,
+        num_sms_a: int,
+        op_b: Op,
+        num_sms_b: int,
+        variant_a: str = "",
+        variant_b: str = "",
+    ) -> float:
         return 1.0

@@ -214,7 +214,12 @@ class Simulator:
         if (a, b) not in self._slowdowns:
             first, second = self.schedule.nano_ops[a], self.schedule.nano_ops[b]
             self._slowdowns[a, b] = self.cost_model.slowdown(
-                self._ops[a], first.num_sms, self._ops[b], second.num_sms
+                self._ops[a],
+                first.num_sms,
+                self._ops[b],
+                second.num_sms,
+                first.variant,
+                second.variant,
             )
         return self._slowdowns[a, b]
 

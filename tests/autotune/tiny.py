@@ -66,7 +66,15 @@ class FixedCosts:
     def price(self, graph: OpGraph, mix: RowMix) -> Price:
         return FASTEST
 
-    def slowdown(self, op_a: Op, num_sms_a: int, op_b: Op, num_sms_b: int) -> float:
+    def slowdown(
+        self,
+        op_a: Op,
+        num_sms_a: int,
+        op_b: Op,
+        num_sms_b: int,
+        variant_a: str = "",
+        variant_b: str = "",
+    ) -> float:
         return self.pair_slowdown
 
     def iteration_overhead(self, graph: OpGraph, mix: RowMix) -> Estimate:
