@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ from ..runtime.engine_config import EngineConfig
 from ..runtime.executor import Resources
 from ..runtime.kv_cache import PagedKvCache
 from ..runtime.launch import RankContext
-from ..runtime.model_runner import ModelRunner
+from ..runtime.model_runner import Launched, ModelRunner, Sampled
 from ..runtime.op_graph import OpGraph
 from ..runtime.plan import Schedule
 from ..runtime.rank_runner import LeadingRunner, follow, step_group
 from ..runtime.scheduler_records import SchedulerLimits
 from ..runtime.sequence import Event, FinishEvent, GenerationRequest, SamplingParams
+from ..runtime.step import StepInputs
 from ..runtime.verify_rank import default_resources
 from ..runtime.weights import Weights, random_weights
 from ..search_spaces.schema import ModelSpec
@@ -43,7 +45,7 @@ _POLL_S = 0.1
 
 
 @dataclass(slots=True)
-class _Loaded:
+class Loaded:
     """What stays on a rank between runs."""
 
     key: tuple[ModelSpec, int, int, Path | None]
@@ -88,18 +90,53 @@ def run_contenders(
     ctx: RankContext, case: ServingCase, contenders: Sequence[Contender], rounds: int
 ) -> list[ServingRun]:
     """Serve the case with each book, in `rounds` interleaved rounds; empty on ranks above 0."""
-    loaded = _load(ctx, case)
+    loaded = load_case(ctx, case)
     runs: list[ServingRun] = []
+    runners = {
+        contender.name: _Kept(_warm_runner(ctx, case, loaded, contender))
+        for contender in contenders
+    }
     for _ in range(rounds):
         for contender in contenders:
             meter = _Meter(ctx.rank if ctx.device.startswith("cuda") else None)
+            runner = runners[contender.name]
             if ctx.rank > 0:
-                runner = _runner(ctx, case, loaded, contender)
-                meter.measure(lambda runner=runner: follow(runner, loaded.group))
+                meter.measure(partial(follow, runner, loaded.group))
             else:
-                runs.append(_lead(ctx, case, loaded, contender, meter))
+                runs.append(_lead(ctx, case, loaded, contender, runner, meter))
             _add_joules(ctx, meter, runs)
+    for runner in runners.values():
+        runner.runner.close()
     return runs
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A runner that outlives its engine: graphs are captured once for all rounds."""
+
+    runner: ModelRunner
+
+    def launch(self, inputs: StepInputs) -> Launched:
+        """Queue a step."""
+        return self.runner.launch(inputs)
+
+    def collect(self, launched: Launched) -> Sampled:
+        """What a step sampled, once it has run."""
+        return self.runner.collect(launched)
+
+    def close(self) -> None:
+        """Forget what this engine left; keep the graphs."""
+        self.runner.reset()
+
+
+def _warm_runner(
+    ctx: RankContext, case: ServingCase, loaded: Loaded, contender: Contender
+) -> ModelRunner:
+    runner = make_runner(ctx, case, loaded, contender)
+    if ctx.device != "cpu":
+        limits = engine_config(case, loaded, contender).limits
+        runner.warm_up(max(contender.book.target_rows, limits.max_running))
+    return runner
 
 
 def _add_joules(ctx: RankContext, meter: _Meter, runs: list[ServingRun]) -> None:
@@ -113,9 +150,10 @@ def _add_joules(ctx: RankContext, meter: _Meter, runs: list[ServingRun]) -> None
             runs[-1] = replace(runs[-1], joules=sum(box))
 
 
-def _load(ctx: RankContext, case: ServingCase) -> _Loaded:
+def load_case(ctx: RankContext, case: ServingCase) -> Loaded:
+    """Weights and cache of a case on this rank; those of the last call where they are the same."""
     key = (case.model, case.tp_degree, case.seed, case.weights)
-    loaded: _Loaded | None = ctx.state.get("serving")
+    loaded: Loaded | None = ctx.state.get("serving")
     if loaded is not None and loaded.key == key:
         return loaded
     device = torch.device(ctx.device)
@@ -129,7 +167,7 @@ def _load(ctx: RankContext, case: ServingCase) -> _Loaded:
         page_size=case.page_size,
     )
     group = step_group() if ctx.world_size > 1 else None
-    ctx.state["serving"] = _Loaded(key, weights, cache, group)
+    ctx.state["serving"] = Loaded(key, weights, cache, group)
     return ctx.state["serving"]
 
 
@@ -152,6 +190,7 @@ def _agreed_pages(ctx: RankContext, case: ServingCase) -> int:
     """Pages that fit the fullest GPU."""
     if ctx.device == "cpu":
         raise ValueError("`num_pages` must be given on a CPU, where no memory limit is known")
+    torch.cuda.empty_cache()  # what making the weights left behind
     free, _ = torch.cuda.mem_get_info()
     page_bytes = case.model.kv_bytes_per_token * case.page_size // case.tp_degree
     counts = [(free - RESERVED_BYTES) // page_bytes]
@@ -164,14 +203,15 @@ def _agreed_pages(ctx: RankContext, case: ServingCase) -> int:
     return min(counts)
 
 
-def _config(case: ServingCase, loaded: _Loaded, contender: Contender) -> EngineConfig:
+def engine_config(case: ServingCase, loaded: Loaded, contender: Contender) -> EngineConfig:
+    """Limits of an engine that serves the case with a book."""
     num_pages = loaded.cache.num_free_pages
     return EngineConfig(
         model_name=case.model.name,
         vocab_size=case.model.vocab_size,
         limits=SchedulerLimits(
             max_model_len=case.max_model_len,
-            max_running=min(contender.book.max_rows, len(case.lengths)),
+            max_running=min(contender.book.target_rows, len(case.lengths)),
             max_waiting=len(case.lengths),
             expected_decode_tokens=case.expected_decode_tokens,
         ),
@@ -182,9 +222,10 @@ def _config(case: ServingCase, loaded: _Loaded, contender: Contender) -> EngineC
     )
 
 
-def _runner(
-    ctx: RankContext, case: ServingCase, loaded: _Loaded, contender: Contender
+def make_runner(
+    ctx: RankContext, case: ServingCase, loaded: Loaded, contender: Contender
 ) -> ModelRunner:
+    """A runner whose graphs are made when they are first used, or by `warm_up`."""
     graph = OpGraph.build(case.model, case.tp_degree)
 
     def resources_of(schedule: Schedule) -> Resources:
@@ -192,29 +233,30 @@ def _runner(
             return default_resources(ctx, [schedule])
         return device_resources(ctx, graph, case.hardware, [schedule])
 
-    runner = ModelRunner(
+    return ModelRunner(
         graph,
         loaded.weights,
         loaded.cache,
         contender.book,
-        _config(case, loaded, contender).runner_sizes,
+        engine_config(case, loaded, contender).runner_sizes,
         resources_of,
     )
-    if ctx.device != "cpu":
-        runner.warm_up()
-    return runner
 
 
 def _lead(
-    ctx: RankContext, case: ServingCase, loaded: _Loaded, contender: Contender, meter: _Meter
+    ctx: RankContext,
+    case: ServingCase,
+    loaded: Loaded,
+    contender: Contender,
+    runner: _Kept,
+    meter: _Meter,
 ) -> ServingRun:
-    def make_runner() -> ModelRunner | LeadingRunner:
+    def lead() -> _Kept | LeadingRunner:
         if ctx.device != "cpu":
             torch.cuda.set_device(ctx.rank)  # of this thread
-        runner = _runner(ctx, case, loaded, contender)
         return LeadingRunner(runner, loaded.group) if ctx.world_size > 1 else runner
 
-    engine = Engine(_config(case, loaded, contender), contender.book, make_runner)
+    engine = Engine(engine_config(case, loaded, contender), contender.book, lead)
     engine.start()
     done = threading.Semaphore(0)
     failures: list[str] = []

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,9 +31,10 @@ from .kv_store import KvStore
 from .op_graph import OpGraph
 from .plan import Schedule
 from .plan_choice import Choice, PlanBook
+from .plan_lookup import is_interleaved
 from .sampling import SamplingTable, TokenSampler
 from .slot_needs import SlotNeeds
-from .static_batch import BatchSizes, StaticBatch
+from .static_batch import BatchSizes, StaticBatch, staging_bytes
 from .step import StepInputs
 from .weights import Weights
 
@@ -105,7 +107,9 @@ class ModelRunner:
         self._resources_of = resources_of or _no_resources
         self._table = SamplingTable(sizes.max_running, weights.device)
         self._needs = SlotNeeds(sizes.max_running)
+        self._alike = _alike(book)
         self._bound: dict[tuple[str, int], _Bound] = {}
+        self._warm: set[str] = set()
         self._largest: Executor | None = None
         max_pages = pages_for(sizes.max_model_len, cache.page_size)
         self._page_table_NP = np.zeros((sizes.max_running, max_pages), dtype=np.int32)
@@ -113,13 +117,36 @@ class ModelRunner:
             sizes.max_running + 1, dtype=torch.int64, device=weights.device
         )
         self._is_cuda = weights.device.type == "cuda"
+        sizes_of = (
+            staging_bytes(choice.schedule, self._batch_sizes(choice.rows))
+            for choice in book.choices.values()
+        )
+        self._block = torch.zeros(max(sizes_of), dtype=torch.uint8, device=weights.device)
+        """What the numbers of each step are copied to: steps run one after the other."""
+        self._pool = torch.cuda.graph_pool_handle() if self._is_cuda else None
 
-    def warm_up(self, keys: tuple[str, ...] | None = None) -> None:
-        """Make (and capture) the executors of some choices for every number of logit rows."""
-        for key in keys or tuple(self.book.choices):
-            rows = self.book.choices[key].rows
-            for num_logits in sorted({logit_room(rows, n + 1) for n in range(rows)}, reverse=True):
-                self._bind(key, num_logits)
+    def warm_up(self, max_rows: int | None = None) -> int:
+        """Make (and capture) the executors of dense batches for every number of logit rows.
+
+        Args:
+            max_rows: larger dense batches are left to their first use; None: all are made.
+
+        Returns:
+            How many there are.
+        """
+        limit = self.book.max_rows if max_rows is None else max_rows
+        limit = next(size for size in self.book.sizes if size >= min(limit, self.book.max_rows))
+        for choice in self.book.choices.values():
+            if choice.rows <= limit:
+                for num_logits in _rooms(choice.rows):
+                    self._bind(choice.key, num_logits)
+        return len(self._bound)
+
+    def reset(self) -> None:
+        """Wait for the device and forget all requests and stored pages; what was made stays."""
+        if self._is_cuda:
+            torch.cuda.synchronize(self.weights.device)
+        self.store.close()
 
     def launch(self, inputs: StepInputs) -> Launched:
         """Queue a step on the current stream."""
@@ -159,11 +186,9 @@ class ModelRunner:
 
     def close(self) -> None:
         """Wait for the device and give back what lies outside of it."""
-        if self._is_cuda:
-            torch.cuda.synchronize(self.weights.device)
+        self.reset()
         self._bound.clear()
         self._largest = None
-        self.store.close()
 
     def _read_back(self, bound: _Bound, count: int) -> Launched:
         sampler, mode = bound.sampler, bound.sampler.mode
@@ -186,6 +211,7 @@ class ModelRunner:
         return host_RX.copy_(x_RX, non_blocking=True)
 
     def _bind(self, key: str, num_logits: int) -> _Bound:
+        key = self._alike[key]
         found = self._bound.get((key, num_logits))
         if found is None:
             if self._largest is None:
@@ -198,17 +224,23 @@ class ModelRunner:
             self._bound[key, num_logits] = found
         return found
 
-    def _make(self, choice: Choice, num_logits: int, shares_with: Executor | None) -> _Bound:
-        sizes = BatchSizes(
+    def _batch_sizes(self, num_logits: int) -> BatchSizes:
+        return BatchSizes(
             num_logits=num_logits,
             max_chunks=self.sizes.max_chunks,
             max_pages=self._page_table_NP.shape[1],
             num_slots=self.sizes.max_running,
             page_size=self.cache.page_size,
         )
+
+    def _make(self, choice: Choice, num_logits: int, shares_with: Executor | None) -> _Bound:
         is_captured = self._is_cuda and choice.is_capturable and shares_with is not None
         batch = StaticBatch.make(
-            choice.schedule, sizes, self._last_tokens_N, is_captured=is_captured
+            choice.schedule,
+            self._batch_sizes(num_logits),
+            self._last_tokens_N,
+            is_captured=is_captured,
+            block=self._block,
         )
         executor = Executor(
             self.graph,
@@ -220,7 +252,8 @@ class ModelRunner:
             make_sampler=None,
         ).prepare(shares_with)
         if is_captured:
-            executor.capture()
+            executor.capture(pool=self._pool, is_warm=choice.key in self._warm)
+            self._warm.add(choice.key)
         sampler = TokenSampler(
             self.weights, num_logits, table=self._table, slots_R=batch.logit_slots
         )
@@ -236,3 +269,26 @@ def logit_room(rows: int, num_tokens: int) -> int:
     """Logit rows of the executor that runs a step with `num_tokens` tokens to predict."""
     unit = max(1, rows // (8 if rows >= MANY_ROWS else 2))
     return min(rows, -(-max(1, num_tokens) // unit) * unit)
+
+
+def _rooms(rows: int) -> list[int]:
+    """All logit rooms of a dense batch, the largest first."""
+    return sorted({logit_room(rows, n + 1) for n in range(rows)}, reverse=True)
+
+
+def _alike(book: PlanBook) -> dict[str, str]:
+    """By key of a choice, the first choice that runs the same nano-ops on the same rows.
+
+    How many rows decode differs between them, and a step brings its own number.
+    """
+    first: dict[Any, str] = {}
+    return {
+        key: first.setdefault(_structure(choice.schedule), key)
+        for key, choice in book.choices.items()
+    }
+
+
+def _structure(schedule: Schedule) -> tuple[Any, ...]:
+    batches = schedule.nano_batches
+    ranges = tuple(batch.tokens for batch in batches)
+    return schedule.nano_ops, ranges, is_interleaved(schedule)

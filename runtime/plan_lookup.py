@@ -88,6 +88,14 @@ def holds(bucket: Bucket, away: float) -> bool:
     return gain >= LOST_GAIN * away
 
 
+def is_interleaved(schedule: Schedule) -> bool:
+    """Whether decodes follow prompt rows; otherwise they come first."""
+    return any(
+        batch.decode_tokens < batch.num_tokens and following.decode_tokens > 0
+        for batch, following in pairwise(schedule.nano_batches)
+    )
+
+
 def with_decodes(schedule: Schedule, decode_tokens: int) -> Schedule:
     """The schedule with this many decode rows, in the row order that it has; the ranges stay.
 
@@ -100,13 +108,10 @@ def with_decodes(schedule: Schedule, decode_tokens: int) -> Schedule:
             f"`decode_tokens` must lie between 0 and the {total} rows of the schedule, but got "
             f"{decode_tokens}"
         )
-    is_interleaved = any(
-        batch.decode_tokens < batch.num_tokens and following.decode_tokens
-        for batch, following in pairwise(schedule.nano_batches)
-    )
+    is_mixed = is_interleaved(schedule)
 
     def before(row: int) -> int:
-        return round(decode_tokens * row / total) if is_interleaved else min(row, decode_tokens)
+        return round(decode_tokens * row / total) if is_mixed else min(row, decode_tokens)
 
     batches = tuple(
         NanoBatch(

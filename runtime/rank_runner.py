@@ -12,12 +12,15 @@ telling takes no time of the devices.
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from .model_runner import Launched, ModelRunner, Sampled
+from .model_runner import Launched, Sampled
 from .step import StepInputs
+
+if TYPE_CHECKING:
+    from .engine import Runner
 
 _PATIENCE = timedelta(days=365)
 """An idle engine tells nothing for as long as nobody asks."""
@@ -31,7 +34,7 @@ def step_group() -> Any:  # noqa: ANN401 - process group
 class LeadingRunner:
     """The runner of rank 0: what it queues, every rank queues."""
 
-    def __init__(self, runner: ModelRunner, group: Any) -> None:  # noqa: ANN401
+    def __init__(self, runner: Runner, group: Any) -> None:  # noqa: ANN401
         """Take over a rank's runner."""
         self._runner, self._group = runner, group
 
@@ -50,7 +53,7 @@ class LeadingRunner:
         self._runner.close()
 
 
-def follow(runner: ModelRunner, group: Any) -> None:  # noqa: ANN401
+def follow(runner: Runner, group: Any) -> None:  # noqa: ANN401
     """Queue what rank 0 queues until it closes."""
     while True:
         box: list[StepInputs | None] = [None]

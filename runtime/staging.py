@@ -31,8 +31,17 @@ class Staging:
     tensors: Mapping[str, Tensor]
     """On the device, in place for good."""
 
-    def __init__(self, fields: Mapping[str, Field], device: torch.device) -> None:
-        """Allocate zeros."""
+    def __init__(
+        self, fields: Mapping[str, Field], device: torch.device, block: Tensor | None = None
+    ) -> None:
+        """Allocate zeros.
+
+        Args:
+            fields: type and shape by name.
+            device: where the tensors are.
+            block: of at least `num_bytes(fields)` on the device, which others that never run at the
+                same time may use too: every upload fills its part anew. Not used on a CPU.
+        """
         places, end = _places(fields)
         self._is_cuda = device.type == "cuda"
         self._host = [
@@ -48,7 +57,9 @@ class Staging:
         ]
         self._copied = [torch.cuda.Event() for _ in self._host] if self._is_cuda else []
         self._turn = 0
-        self._block = self._host[0].to(device) if self._is_cuda else self._host[0]
+        self._block = self._host[0]
+        if self._is_cuda:
+            self._block = self._host[0].to(device) if block is None else block[:end]
         self.tensors = {
             name: self._block[places[name]].view(_TORCH_TYPES[kind]).view(shape)
             for name, (kind, shape) in fields.items()
@@ -66,6 +77,11 @@ class Staging:
         if self._is_cuda:
             self._block.copy_(self._host[self._turn], non_blocking=True)
             self._copied[self._turn].record()
+
+
+def num_bytes(fields: Mapping[str, Field]) -> int:
+    """Of the block that holds them all."""
+    return _places(fields)[1]
 
 
 def _places(fields: Mapping[str, Field]) -> tuple[dict[str, slice], int]:

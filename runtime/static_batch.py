@@ -26,7 +26,7 @@ from .batch_layout import Piece, Range, RowPlaces, place_rows
 from .batching import DenseBatch
 from .kernels.registry import DecodeRows, PrefillRows
 from .plan import Schedule
-from .staging import Array, Field, Staging
+from .staging import Array, Field, Staging, num_bytes
 from .step import NOT_YET_KNOWN, StepInputs
 
 
@@ -66,6 +66,11 @@ def _fields(schedule: Schedule, sizes: BatchSizes) -> dict[str, Field]:
     return fields
 
 
+def staging_bytes(schedule: Schedule, sizes: BatchSizes) -> int:
+    """Of device memory that a batch's numbers take."""
+    return num_bytes(_fields(schedule, sizes))
+
+
 def attention_ranges(schedule: Schedule) -> tuple[tuple[str, Range], ...]:
     """Attention nano-ops of a schedule: op and rows; no two of an op start at the same row."""
     return tuple(
@@ -90,11 +95,25 @@ class StaticBatch(DenseBatch):
 
     @classmethod
     def make(
-        cls, schedule: Schedule, sizes: BatchSizes, last_tokens_N: Tensor, *, is_captured: bool
+        cls,
+        schedule: Schedule,
+        sizes: BatchSizes,
+        last_tokens_N: Tensor,
+        *,
+        is_captured: bool,
+        block: Tensor | None = None,
     ) -> StaticBatch:
-        """Allocate, and fill with padding alone."""
+        """Allocate, and fill with padding alone.
+
+        Args:
+            schedule: whose dense batch it is.
+            sizes: what there is room for.
+            last_tokens_N: by slot, the token sampled last.
+            is_captured: whether kernels see room for everything.
+            block: of `staging_bytes`, see `Staging`.
+        """
         device = last_tokens_N.device
-        staging = Staging(_fields(schedule, sizes), device)
+        staging = Staging(_fields(schedule, sizes), device, block)
         tensors = staging.tensors
         batch = cls(
             requests=(),
