@@ -267,7 +267,7 @@ def _lead(
                 failures.append(f"{event.request_id} ended with {event.reason}: {event.message}")
             done.release()
 
-    requests = _requests(case)
+    requests = requests_of(case)
     elapsed: list[float] = []
 
     def serve() -> None:
@@ -294,7 +294,7 @@ def _lead(
     )
 
 
-def _requests(case: ServingCase) -> list[GenerationRequest]:
+def requests_of(case: ServingCase) -> list[GenerationRequest]:
     """Random prompts that run to their full length."""
     rng = np.random.default_rng(case.seed)
     return [
