@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .highs_banner import send_banner_to_stderr
+from .highs_banner import silence_banner
 
 Array = NDArray[np.float64]
 
@@ -190,7 +190,7 @@ class _Master:
         except ImportError:  # the first prices alone are a bound too
             self.is_available = False
             return
-        send_banner_to_stderr()
+        silence_banner()
         self._known: set[_Column] = set()
         self._highs: Any = highspy.Highs()
         self._highs.setOptionValue("output_flag", False)

@@ -1,4 +1,4 @@
-"""Keeps the HiGHS banner off standard output, whose last line is JSON for other programs."""
+"""Keeps the HiGHS banner off the screen: standard output ends with JSON for other programs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 
 
 @functools.cache
-def send_banner_to_stderr() -> None:
+def silence_banner() -> None:
     """Make the process's first solver, which prints a banner from C++, with stdout turned away.
 
     Does nothing where HiGHS is not installed.
@@ -19,10 +19,11 @@ def send_banner_to_stderr() -> None:
     except ImportError:
         return
     sys.stdout.flush()
-    kept = os.dup(1)
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(2, 1)
+        os.dup2(nowhere, 1)
         highspy.Highs()
     finally:
         os.dup2(kept, 1)
         os.close(kept)
+        os.close(nowhere)

@@ -30,7 +30,7 @@ from itertools import combinations
 from math import floor
 from typing import Any
 
-from .highs_banner import send_banner_to_stderr
+from .highs_banner import silence_banner
 from .milp_input import Instance
 from .milp_start import Start
 
@@ -246,7 +246,7 @@ class Model:
             seed: of the solver.
             start: a known schedule to improve on (HiGHS only).
         """
-        send_banner_to_stderr()
+        silence_banner()
         pulp, began = self.pulp, time.perf_counter()
         start_values = self.start_values(start) if start else {}
         highs = _highs(start_values)(
