@@ -13,7 +13,9 @@
 // CTAs need the later ones to be running or to start later, which they always do.
 //
 // PINGPONG: the consumers take whole tiles in turn instead of half of the rows each, so that one
-// multiplies while the other stores; they follow each other through the same ring.
+// multiplies while the other stores. They follow each other through the same ring: one starts a
+// tile when the other has seen all stages of the tile before arrive, since the parity of a
+// barrier tells only neighbouring rounds of the ring apart.
 //
 // Macros: BLOCK_M, BLOCK_N (tile; for SILU counts up and gate columns), STAGES, CLUSTER (1, 2),
 // SILU, STREAM_K, PINGPONG (0, 1; not both of the last two).
@@ -291,7 +293,7 @@ __device__ __forceinline__ void add_bias(float (&d)[TILES_M][ACCUMULATORS],
 }
 
 __device__ void consume(const TensorMap* out_map, const Output& out, const Division& division,
-                        uint32 ring, uint32 full, uint32 empty, uint32 store_buffers,
+                        uint32 ring, uint32 full, uint32 empty, uint32 turns, uint32 store_buffers,
                         const uint16* bias, float* partials, int* flags, int cluster, int clusters,
                         uint32 rank, int consumer, int thread) {
   int first_row = PINGPONG ? 0 : consumer * TILES_M * 64;  // of the tile
@@ -299,7 +301,8 @@ __device__ void consume(const TensorMap* out_map, const Output& out, const Divis
   uint32 buffers = store_buffers + consumer * CHUNK_BUFFERS * CHUNK_BYTES;
   int stage = 0;
   uint32 parity = 0, turn = 0;
-  auto skip = [&](int steps) {  // the ring's stages of the other consumer's tile
+  uint32 turn_parity = consumer ^ 1;  // the first tile is the first consumer's, who does not wait
+  auto skip = [&](int steps) {        // the ring's stages of the other consumer's tile
     stage += steps;
     parity ^= stage / STAGES & 1;
     stage %= STAGES;
@@ -313,6 +316,10 @@ __device__ void consume(const TensorMap* out_map, const Output& out, const Divis
   Segment segment;
   for (; segment_of(division, n, cluster, clusters, segment); n += TURNS) {
     int released = -1;
+    if (PINGPONG) {
+      mbarrier_wait(turns + 8 * consumer, turn_parity);
+      turn_parity ^= 1;
+    }
     for (int step = segment.first_step; step < segment.end_step; ++step) {
       mbarrier_wait(full + 8 * stage, parity);
       uint64 a = wgmma_descriptor(ring + stage * STAGE_BYTES + a_offset);
@@ -337,8 +344,11 @@ __device__ void consume(const TensorMap* out_map, const Output& out, const Divis
       released = stage;
       if (++stage == STAGES) stage = 0, parity ^= 1;
     }
+    if (PINGPONG) {
+      if (thread == 0) mbarrier_arrive(turns + 8 * (consumer ^ 1));
+      skip(division.steps);
+    }
     wgmma_wait<0>();
-    if (PINGPONG) skip(division.steps);
     if (thread < CLUSTER) {
       if (CLUSTER > 1) {
         mbarrier_arrive_cluster(empty + 8 * released, thread);
@@ -375,6 +385,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * (1 + CONSUMERS), 1)
   extern __shared__ uint8 shared[];
   uint32 base = (shared_address(shared) + 1023) & ~1023u;
   uint32 full = base + BARRIER_OFFSET, empty = full + 8 * STAGES;
+  uint32 turns = empty + 8 * STAGES;
   uint32 rank = CLUSTER > 1 ? cluster_rank() : 0;
   int cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
   Division division{tiles, tiles_m, steps, whole_tiles, split_units};
@@ -386,6 +397,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * (1 + CONSUMERS), 1)
       mbarrier_init(full + 8 * stage, 1);
       mbarrier_init(empty + 8 * stage, OWNERS * CLUSTER);
     }
+    for (int consumer = 0; consumer < CONSUMERS; ++consumer) mbarrier_init(turns + 8 * consumer, 1);
     fence_mbarrier_init();
   }
   if (CLUSTER > 1) {
@@ -404,8 +416,8 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP * (1 + CONSUMERS), 1)
   } else {
     take_registers<232>();
     Output output{out, out_stride, rows, columns};
-    consume(&out_map, output, division, base, full, empty, base + STORE_OFFSET, bias, partials,
-            flags, cluster, clusters, rank, warpgroup - 1, threadIdx.x % WARPGROUP);
+    consume(&out_map, output, division, base, full, empty, turns, base + STORE_OFFSET, bias,
+            partials, flags, cluster, clusters, rank, warpgroup - 1, threadIdx.x % WARPGROUP);
   }
   // A CTA must not end while its pair still writes to its memory or arrives at its barriers.
   if (CLUSTER > 1) {
