@@ -54,8 +54,6 @@ class DecodeTile:
     """A cut this near to an end of an item moves there; at most `min_pages`."""
     is_evict_first: bool
     """Keys and values leave the L2 cache before other data."""
-    prefetch_pages: int
-    """L2 fetches the page this far beyond the one being copied; 0: none."""
 
     def fitted(self, head_dim: int, group: int) -> DecodeTile:
         """The tile for a head dimension and a number of query heads per kv head.
@@ -86,7 +84,6 @@ DECODE_TILE = DecodeTile(
     min_pages=8,
     min_fragment_pages=4,
     is_evict_first=True,
-    prefetch_pages=0,
 )
 
 
@@ -114,7 +111,6 @@ def decode_kernel(tile: DecodeTile, head_dim: int, group: int) -> CudaKernel:
             "MIN_PAGES": tile.min_pages,
             "MIN_FRAGMENT": tile.min_fragment_pages,
             "EVICT_FIRST": int(tile.is_evict_first),
-            "PREFETCH": tile.prefetch_pages,
         },
     )
 

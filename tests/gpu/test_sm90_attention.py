@@ -158,7 +158,6 @@ def test_many_short_rows(num_rows):
         {"num_warps": 4, "ring_bytes": 48 << 10},
         {"num_warps": 6, "ring_bytes": 32 << 10, "is_evict_first": False},
         {"min_pages": 2, "min_fragment_pages": 1},
-        {"prefetch_pages": 4},
     ],
     ids=str,
 )

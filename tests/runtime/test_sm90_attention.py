@@ -37,7 +37,7 @@ SHARED_BYTES_OF_A_BLOCK = 227 << 10
 
 @pytest.mark.parametrize("group", [1, 2, 4, 8, 9, 16])
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("change", [{}, {"is_evict_first": False}, {"prefetch_pages": 2}])
+@pytest.mark.parametrize("change", [{}, {"is_evict_first": False}])
 def test_every_variant_compiles_without_spills_and_fits_an_sm(head_dim, group, change):
     pytest.importorskip("cuda.bindings.nvrtc")
     tile = replace(DECODE_TILE, **change).fitted(head_dim, group)
@@ -74,7 +74,6 @@ def test_the_source_run_on_a_cpu_matches_float64_in_any_order_of_blocks(
         "MIN_PAGES": min_pages,
         "MIN_FRAGMENT": min_fragment,
         "EVICT_FIRST": 1,
-        "PREFETCH": 2,
     }
     sources = (CUDA_SOURCES / "decode_attention.cu", CUDA_ON_CPU / "decode_attention.cpp")
     program = tmp_path / "decode_attention"

@@ -17,8 +17,7 @@
 //
 // Macros: HEAD_DIM (64, 128), GROUP (query heads of a kv head, 1 to 16), WARPS, STAGES (of a warp),
 // MIN_PAGES (least pages of a range), MIN_FRAGMENT (least pages of a part of an item, at most
-// MIN_PAGES), EVICT_FIRST (0, 1: L2 policy of keys and values), PREFETCH (pages beyond the ring
-// that L2 fetches: more bytes on their way than shared memory holds; 0: none).
+// MIN_PAGES), EVICT_FIRST (0, 1: L2 policy of keys and values).
 
 #include "warp_mma.cuh"
 
@@ -123,11 +122,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       mbarrier_arrive_expect_bytes(full, STAGE_BYTES);
       tma_load_block(target, &k_map, full, block, policy);
       tma_load_block(target + TILE_BYTES, &v_map, full, block, policy);
-      if (PREFETCH > 0 && taken + PREFETCH < current.count) {
-        const int later = ahead->numbers[half][taken + PREFETCH] * num_kv_heads + head;
-        prefetch_block(&k_map, later, policy);
-        prefetch_block(&v_map, later, policy);
-      }
     }
     ++taken;
   };

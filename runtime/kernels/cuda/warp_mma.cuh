@@ -27,15 +27,6 @@ __device__ __forceinline__ void tma_load_block(uint32 destination, const TensorM
       : "memory");
 }
 
-// Brings such a block into L2 alone: a copy of it will not wait for memory.
-__device__ __forceinline__ void prefetch_block(const TensorMap* map, int block, uint64 policy) {
-  asm volatile(
-      "cp.async.bulk.prefetch.tensor.4d.L2.global.tile.L2::cache_hint [%0, {%1, %1, %1, %2}], "
-      "%3;" ::"l"(map),
-      "r"(0), "r"(block), "l"(policy)
-      : "memory");
-}
-
 // Starts copying one word to shared memory; `wait_words` waits for all that this thread started.
 __device__ __forceinline__ void copy_word(int* destination, const int* source) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(destination)),

@@ -33,8 +33,6 @@ inline void land(size_t index) {
 inline uint64 evict_first_policy() { return 0; }
 inline uint64 evict_normal_policy() { return 0; }
 
-inline void prefetch_block(const TensorMap*, int, uint64) {}
-
 inline void tma_load_block(uint32 destination, const TensorMap* map, uint32 barrier, int block,
                            uint64) {
   if (destination % 1024 != 0) cpu::fail("a swizzled tile must lie at a multiple of 1024 bytes");
