@@ -57,12 +57,14 @@ def case_of(schedule, model):
     return device_case(model, schedule, 1, sms, 300.0, 100.5)
 
 
-def resources(ctx, schedules):
+def resources_of(model):
+    """What `verify_schedule` makes its resources with."""
     from nanoflow_tune.runtime.device import device_resources
     from nanoflow_tune.runtime.op_graph import OpGraph
     from nanoflow_tune.search_spaces.loader import load_hardware
 
-    return device_resources(ctx, OpGraph.build(small_model()), load_hardware("h200"), schedules)
+    graph, hardware = OpGraph.build(model), load_hardware("h200")
+    return lambda ctx, schedules: device_resources(ctx, graph, hardware, schedules)
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ def test_an_overlapped_plan_equals_the_unsplit_run(context, gemm):
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     model = small_model()
     schedule = overlapped(OpGraph.build(model), sms, gemm)
-    record = verify_schedule(context, case_of(schedule, model), resources)
+    record = verify_schedule(context, case_of(schedule, model), resources_of(model))
     assert record.passed
     assert record.max_relative_error <= record.tolerance
     assert 0 < record.max_reference_error <= record.tolerance
@@ -94,7 +96,7 @@ def test_an_overlapped_plan_with_experts_equals_the_unsplit_run(context):
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     model = small_model("mixtral-8x7b")
     schedule = overlapped(OpGraph.build(model), sms)
-    record = verify_schedule(context, case_of(schedule, model), resources)
+    record = verify_schedule(context, case_of(schedule, model), resources_of(model))
     assert record.passed
     assert record.max_relative_error <= record.tolerance
 
@@ -121,4 +123,4 @@ def test_a_kernel_that_writes_outside_its_rows_is_caught(context):
         ),
     )
     with pytest.raises(VerificationError, match="up_gate"):
-        verify_schedule(context, case_of(schedule, model), resources)
+        verify_schedule(context, case_of(schedule, model), resources_of(model))
