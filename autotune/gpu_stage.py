@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from ..profiler.profile import Profile
 from ..profiler.rank_jobs import IterationCase
+from ..profiler.visible_gpus import visible_gpus
 from ..runtime.plan import Plan, Schedule, Timing
 from ..search_spaces.schema import HardwareSpec, ModelSpec
 from .provenance import commit
@@ -57,7 +58,7 @@ class GpuStage(Protocol):
 
 
 def find_devices() -> Devices:
-    """The NVIDIA GPUs that the driver lists; no torch, no child process."""
+    """The NVIDIA GPUs that the driver lists and CUDA shows; no torch, no child process."""
     if not Path("/proc/driver/nvidia/version").exists():
         return NO_DEVICES
     if importlib.util.find_spec("pynvml") is None:
@@ -73,13 +74,15 @@ def _ask_driver() -> Devices:
     except nvml.NVMLError as err:
         return Devices(name="", count=0, memory_bytes=0, note=f"the NVIDIA driver said: {err}")
     try:
-        count = int(nvml.nvmlDeviceGetCount())
-        if not count:
+        handles = visible_gpus(nvml)
+        if not handles:
             return NO_DEVICES
-        first = nvml.nvmlDeviceGetHandleByIndex(0)
+        first = handles[0]
         memory_bytes = int(nvml.nvmlDeviceGetMemoryInfo(first).total)
         return Devices(
-            name=str(nvml.nvmlDeviceGetName(first)), count=count, memory_bytes=memory_bytes
+            name=str(nvml.nvmlDeviceGetName(first)),
+            count=len(handles),
+            memory_bytes=memory_bytes,
         )
     finally:
         nvml.nvmlShutdown()

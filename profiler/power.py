@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+from .visible_gpus import visible_gpus
+
 _POLL_S = 0.002
 
 
@@ -20,7 +22,7 @@ class EnergyCounterMissingError(RuntimeError):
 
 
 class PowerMeter:
-    """Reads one GPU. Used as a context manager it gives watts and joules of the enclosed time.
+    """Reads one GPU, numbered as CUDA does. Used as a context manager it gives watts and joules of the enclosed time.
 
     The counter stands still between its updates, so a thread watches it and the watts are the
     slope between the first and the last update seen; joules are watts x enclosed time.
@@ -31,7 +33,7 @@ class PowerMeter:
 
         self._nvml: Any = pynvml
         pynvml.nvmlInit()
-        self._handle = pynvml.nvmlDeviceGetHandleByIndex(device_index)
+        self._handle = visible_gpus(pynvml)[device_index]
         self._updates: list[tuple[float, float]] = []
         self._stop = threading.Event()
         self._watcher: threading.Thread | None = None
