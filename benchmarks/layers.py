@@ -14,93 +14,54 @@ plan's clock, over the watts that the cap leaves beside static power.
 from __future__ import annotations
 
 import argparse
-import datetime
 import statistics
-import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import log, prod
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-from ab import recorded_command
-from figures import FIGURES, FigureRow, spread_of, summary, write_figures
+from figures import FigureRow, spread_of, summary, write_figures
+from layer_cases import (
+    MIX,
+    PROMPT,
+    LayerCase,
+    Predictor,
+    add_arguments,
+    case_of,
+    iteration_case,
+    load_forecast,
+    measure_turns,
+    once_each,
+    origin_of,
+    say,
+    with_gemms,
+)
 
-from nanoflow_tune.autotune.cost_model import CostModel
-from nanoflow_tune.autotune.gpu_stage import find_devices
 from nanoflow_tune.autotune.provenance import commit as this_commit
-from nanoflow_tune.autotune.search import distinct, overlaps, search
+from nanoflow_tune.autotune.race import distinct, overlaps
 from nanoflow_tune.profiler.profile import Point, Row
 from nanoflow_tune.profiler.rank_jobs import IterationCase
-from nanoflow_tune.profiler.store import load_profile, profile_files
 from nanoflow_tune.runtime.launch import RankContext, RankGroup
-from nanoflow_tune.runtime.op_graph import GEMM_KINDS, Op, OpGraph, RowMix
+from nanoflow_tune.runtime.op_graph import GEMM_KINDS, Op, OpGraph
 from nanoflow_tune.runtime.op_shapes import shape_numbers
 from nanoflow_tune.runtime.plan import Candidate, Schedule
 from nanoflow_tune.runtime.schedule import row_mix
-from nanoflow_tune.search_spaces.loader import load_hardware, load_model, load_space
-from nanoflow_tune.search_spaces.records import from_mapping, to_mapping
 from nanoflow_tune.search_spaces.schema import HardwareSpec
 
 if TYPE_CHECKING:
     from nanoflow_tune.profiler.iteration import LayerTurns
 
-LAYERS, FEW_LAYERS = 16, 4
 RACE_ROUNDS, RACE_TURN_S = 2, 0.25
 FINAL_ROUNDS, FINAL_TURN_S = 6, 0.5
 FINALISTS = 2
 """Of each kind: the race is too short to tell neighbours apart."""
 OVERLAPPED_IN_RACE, SEQUENTIAL_IN_RACE = 6, 3
 LIBRARY = "cublas"
-PROMPT = 512
 SMALL_SHARE = 0.48
 """Part of the SMs on which the largest GEMM runs at higher clocks, for joules over clock."""
-VOCABULARY = 2048
-"""Of the measured model: its LM head cancels out, and should take little time before it does."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerCase:
-    """One figure's model, ranks and reach."""
-
-    id: str
-    model: str
-    tp_degree: int
-    reach: str
-
-    @property
-    def label(self) -> str:
-        """The case in words."""
-        return f"{self.model} TP{self.tp_degree} layer, 1024 decodes at 768 keys + 1024 prefill"
-
-
-CASES = {
-    "8b": LayerCase(id="layer_8b", model="llama3-8b", tp_degree=1, reach=">= 0.99"),
-    "70b": LayerCase(id="layer_70b_tp2", model="llama2-70b", tp_degree=2, reach=">= 1.00"),
-}
+FIGURES = {"8b": ("layer_8b", ">= 0.99"), "70b": ("layer_70b_tp2", ">= 1.00")}
+"""Id and reach by case."""
 LIMIT_REACH = "<= 1.05"
-MIX = RowMix(
-    decode_tokens=1024,
-    prefill_tokens=1024,
-    decode_context_tokens=768,
-    prefill_context_tokens=(PROMPT + 1) / 2,
-)
-
-
-def iteration_case(case: LayerCase, hardware: HardwareSpec) -> IterationCase:
-    """The model cut to some layers and a small vocabulary."""
-    model = replace(load_model(case.model), num_hidden_layers=LAYERS, vocab_size=VOCABULARY)
-    return IterationCase(model=model, hardware=hardware, tp_degree=case.tp_degree, mix=MIX)
-
-
-def find_schedules(case: LayerCase, hardware: HardwareSpec, profile: Path) -> list[Schedule]:
-    """What the search makes of a profile: sequential ones and the best overlapped ones."""
-    iteration = iteration_case(case, hardware)
-    graph = OpGraph.build(iteration.model, case.tp_degree)
-    cost_model = CostModel(load_profile(profile_files(profile)), hardware)
-    result = search(graph, cost_model, hardware, load_space("quick"), MIX, seed=0, on_progress=_say)
-    return contenders(result.race, graph)
 
 
 def contenders(race: Sequence[Candidate], graph: OpGraph) -> list[Schedule]:
@@ -111,19 +72,7 @@ def contenders(race: Sequence[Candidate], graph: OpGraph) -> list[Schedule]:
     others = [c.schedule for c in ranked if not overlaps(c.schedule, graph)]
     library = [with_gemms(schedule, graph, LIBRARY) for schedule in base]
     chosen = [*base, *library, *others[:SEQUENTIAL_IN_RACE], *overlapped[:OVERLAPPED_IN_RACE]]
-    once: dict[object, Schedule] = {}
-    for schedule in chosen:
-        once.setdefault((schedule.nano_batches, schedule.nano_ops), schedule)
-    return list(once.values())
-
-
-def with_gemms(schedule: Schedule, graph: OpGraph, variant: str) -> Schedule:
-    """The schedule with one kernel for every GEMM: what a user without own kernels has."""
-    nano_ops = tuple(
-        replace(nano_op, variant=variant) if graph.op(nano_op.op).kind in GEMM_KINDS else nano_op
-        for nano_op in schedule.nano_ops
-    )
-    return replace(schedule, nano_ops=nano_ops, name=f"{schedule.name}_{variant}")
+    return once_each(chosen)
 
 
 def fastest(turns: Sequence[LayerTurns], indices: Iterable[int]) -> int:
@@ -189,19 +138,6 @@ def limit_us(
     return 1e6 * joules / (cap_w - static_w)
 
 
-def measure_turns(
-    ctx: RankContext,
-    case: IterationCase,
-    schedules: tuple[Schedule, ...],
-    rounds: int,
-    turn_s: float,
-) -> list[LayerTurns]:
-    """Runs on every rank."""
-    from nanoflow_tune.profiler import iteration
-
-    return iteration.measure_layers(ctx, case, schedules, rounds, turn_s, FEW_LAYERS)
-
-
 def measure_solo(
     ctx: RankContext, case: IterationCase, points: tuple[Point, ...]
 ) -> tuple[list[Row], float, float]:
@@ -252,11 +188,9 @@ def _limit(
     found = ranks.call(measure_solo, case, (*points, small))
     rows, static_w, cap_w = found[0]
     for row in rows:
-        _say(
-            f"{row.point.kind} {row.point.variant}: {row.joules:.4f} J, {row.sm_clock_mhz:.0f} MHz"
-        )
+        say(f"{row.point.kind} {row.point.variant}: {row.joules:.4f} J, {row.sm_clock_mhz:.0f} MHz")
     exponent = clock_exponent(rows[points.index(large)], rows[-1], static_w)
-    _say(
+    say(
         f"dynamic joules rise with clock^{exponent:.2f}; static {static_w:.0f} W, cap {cap_w:.0f} W"
     )
     return limit_us(rows[:-1], exponent, turns.sm_clock_mhz, static_w, cap_w)
@@ -265,37 +199,52 @@ def _limit(
 def measure(
     case: LayerCase, hardware: HardwareSpec, schedules: Sequence[Schedule], origin: dict[str, str]
 ) -> list[FigureRow]:
-    """Race, final and limit of one case on this machine's GPUs."""
+    """Race, final and limit of one case on this machine's GPUs.
+
+    Raises:
+        ValueError: of one kind of schedule none could run.
+    """
     iteration = iteration_case(case, hardware)
     graph = OpGraph.build(iteration.model, case.tp_degree)
     with RankGroup(case.tp_degree, device="cuda") as ranks:
+        say(f"{len(schedules)} schedules on {case.tp_degree} GPU(s)")
         race = ranks.call(measure_turns, iteration, tuple(schedules), RACE_ROUNDS, RACE_TURN_S)[0]
         for schedule, turns in zip(schedules, race, strict=True):
-            _say(f"{schedule.name}: {statistics.median(turns.layer_us):.1f} us a layer")
-        is_overlapped = [overlaps(schedule, graph) for schedule in schedules]
-        ranked = sorted(range(len(race)), key=lambda i: statistics.median(race[i].layer_us))
-        alone = [i for i in ranked if not is_overlapped[i]][:FINALISTS]
-        beside = [i for i in ranked if is_overlapped[i]][:FINALISTS]
+            say(f"{schedule.name}: {_told(turns)}")
+        ran = [index for index, turns in enumerate(race) if not turns.error]
+        ranked = sorted(ran, key=lambda i: statistics.median(race[i].layer_us))
+        beside = [i for i in ranked if overlaps(schedules[i], graph)][:FINALISTS]
+        alone = [i for i in ranked if not overlaps(schedules[i], graph)][:FINALISTS]
+        if not alone or not beside:
+            raise ValueError(
+                "the figure compares sequential and overlapped schedules, but of one kind none "
+                "ran (see above): search with --lacking for the variants that are not here"
+            )
         finalists = tuple(schedules[i] for i in (*alone, *beside))
         final = ranks.call(measure_turns, iteration, finalists, FINAL_ROUNDS, FINAL_TURN_S)[0]
         for schedule, turns in zip(finalists, final, strict=True):
-            _say(
-                f"final {schedule.name}: {statistics.median(turns.layer_us):.1f} us a layer, "
-                f"{turns.watts:.0f} W, {turns.sm_clock_mhz:.0f} MHz"
-            )
+            say(f"final {schedule.name}: {_told(turns)}")
         best = fastest(final, range(len(alone)))
         rival = fastest(final, range(len(alone), len(finalists)))
         winner = fastest(final, (best, rival))
         limit = _limit(ranks, iteration, finalists[winner], final[winner], graph)
     ratios = [a / b for a, b in zip(final[best].layer_us, final[rival].layer_us, strict=True)]
     beyond = [us / limit for us in final[winner].layer_us]
-    _say(f"power limit {limit:.1f} us a layer")
+    say(f"power limit {limit:.1f} us a layer")
+    figure_id, reach = FIGURES[case.name]
     return [
-        _figure(case.id, case.label, ratios, case.reach, origin),
+        _figure(figure_id, case.label, ratios, reach, origin),
         _figure(
             "layer_limit", f"{case.label}, {finalists[winner].name}", beyond, LIMIT_REACH, origin
         ),
     ]
+
+
+def _told(turns: LayerTurns) -> str:
+    if turns.error:
+        return f"left out, {turns.error}"
+    median_us = statistics.median(turns.layer_us)
+    return f"{median_us:.1f} us a layer, {turns.watts:.0f} W, {turns.sm_clock_mhz:.0f} MHz"
 
 
 def _figure(
@@ -312,41 +261,28 @@ def _figure(
     )
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="benchmarks/layers.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--case", choices=tuple(CASES), required=True)
-    parser.add_argument("--gpu", default="h200", help="hardware spec (default: h200)")
-    parser.add_argument("--profile", type=Path, default=Path("results/profiles/h200"))
-    parser.add_argument("--schedules", type=Path, help="take these instead of searching")
-    parser.add_argument("--search-only", type=Path, metavar="FILE", help="store them, measure none")
-    parser.add_argument("--out", type=Path, default=FIGURES, help="figures, rows replaced")
-    parser.add_argument("--commit", default="", help="of the source; default: git's")
+    add_arguments(parser)
     options = parser.parse_args()
-    case, hardware = CASES[options.case], load_hardware(options.gpu)
+    case, hardware = case_of(options)
     if options.schedules:
-        found = yaml.safe_load(options.schedules.read_text(encoding="utf-8"))
-        schedules = [from_mapping(Schedule, entry, str(options.schedules)) for entry in found]
+        forecast = load_forecast(options.schedules, case)
     else:
-        schedules = find_schedules(case, hardware, options.profile)
+        predictor = Predictor(case, hardware, options.profile, options.lacking)
+        schedules = contenders(predictor.search().race, predictor.graph)
+        forecast = predictor.forecast(schedules, options.commit or this_commit())
+    for prediction in forecast.predictions:
+        say(f"{prediction.schedule.name}: predicted {prediction.layer_us:.1f} us a layer")
     if options.search_only:
-        text = yaml.safe_dump([to_mapping(schedule) for schedule in schedules], sort_keys=False)
-        options.search_only.write_text(text, encoding="utf-8")
+        forecast.save(options.search_only)
         return
-    origin = {
-        "command": recorded_command("layers", sys.argv[1:]),
-        "commit": options.commit or this_commit(),
-        "gpu": find_devices().name,
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-    }
-    rows = measure(case, hardware, schedules, origin)
+    schedules = [prediction.schedule for prediction in forecast.predictions]
+    rows = measure(case, hardware, schedules, origin_of(options, "layers"))
     write_figures(rows, options.out)
     print(summary(rows))
 

@@ -26,9 +26,13 @@ from ..runtime.op_graph import OpGraph
 from ..runtime.plan import Schedule, Timing
 from ..runtime.steady_state import steady_pages, steady_requests
 from ..runtime.weights import Weights, random_weights
+from .compile_ahead import compile_ahead
 from .power import PowerMeter
 from .rank_jobs import IterationCase
 from .timing import timed_replays
+
+WARM_S = 1.0
+"""Of replays before the first turn; each turn warms for an eighth of itself besides."""
 
 
 @dataclass(slots=True)
@@ -59,9 +63,12 @@ class LayerTurns:
     """One layer of a schedule, by round of an interleaved run."""
 
     layer_us: tuple[float, ...]
+    """Empty where the schedule could not run."""
     watts: float
     """Mean while the whole model ran."""
     sm_clock_mhz: float
+    error: str = ""
+    """Why it could not run here."""
 
 
 def load_model(ctx: RankContext, case: IterationCase) -> None:
@@ -127,9 +134,7 @@ def measure_schedules(
     executors = [_captured(ctx, loaded, schedule) for schedule in schedules]
     counts = _agree([_iterations_of(executor, turn_s) for executor in executors])
     turns = [_Turns() for _ in executors]
-    for executor, count in zip(executors, counts, strict=True):  # at least half a second in all
-        _replay(executor, max(1, count // 2))
-    torch.cuda.synchronize()
+    _warm(executors, counts, turn_s)
     for _ in range(rounds):
         for executor, count, turn in zip(executors, counts, turns, strict=True):
             _take_turn(loaded.meter, executor, count, turn)
@@ -157,41 +162,71 @@ def measure_layers(
         few_layers: layers that are taken off.
 
     Returns:
-        One record per schedule; watts and clocks are this rank's.
+        One record per schedule; watts and clocks are this rank's. A schedule that the kernels here
+        refuse, on all ranks alike, has an error instead of times.
     """
     load_model(ctx, case)
     loaded: _Loaded = ctx.state["iteration"]
+    compile_ahead(schedules, loaded.graph)
     few = replace(
         loaded, weights=replace(loaded.weights, layers=loaded.weights.layers[:few_layers])
     )
-    executors = [
-        (_captured(ctx, loaded, schedule), _captured(ctx, few, schedule)) for schedule in schedules
-    ]
+    pairs: list[_Pair | str] = []
+    first: Executor | None = None
+    for schedule in schedules:
+        pairs.append(_captured_pair(ctx, loaded, few, schedule, first))
+        first = first or next((pair[0] for pair in pairs if not isinstance(pair, str)), None)
+    executors = [pair for pair in pairs if not isinstance(pair, str)]
     counts = _agree([_iterations_of(whole, turn_s) for whole, _ in executors])
     turns = [(_Turns(), _Turns()) for _ in executors]
-    for (whole, _), count in zip(executors, counts, strict=True):
-        _replay(whole, count)
-    torch.cuda.synchronize()
+    _warm([whole for whole, _ in executors], counts, turn_s)
     for turn in range(rounds):
         order = list(zip(executors, counts, turns, strict=True))
         for pair, count, mine in order if turn % 2 == 0 else reversed(order):
             for executor, kept in zip(pair, mine, strict=True):
                 _take_turn(loaded.meter, executor, count, kept)
-    layers = case.model.num_hidden_layers - few_layers
+    taken, layers = iter(turns), case.model.num_hidden_layers - few_layers
     return [
-        LayerTurns(
-            layer_us=tuple(
-                (all_us - few_us) / layers
-                for all_us, few_us in zip(whole.turn_medians_us, rest.turn_medians_us, strict=True)
-            ),
-            watts=_mean_of_known(whole.watts),
-            sm_clock_mhz=statistics.mean(whole.clocks_mhz),
-        )
-        for whole, rest in turns
+        LayerTurns(layer_us=(), watts=0.0, sm_clock_mhz=0.0, error=pair)
+        if isinstance(pair, str)
+        else _layer_turns(*next(taken), layers)
+        for pair in pairs
     ]
 
 
-def _captured(ctx: RankContext, loaded: _Loaded, schedule: Schedule) -> Executor:
+_Pair = tuple[Executor, Executor]
+"""Of all layers and of few."""
+
+
+def _captured_pair(
+    ctx: RankContext,
+    loaded: _Loaded,
+    few: _Loaded,
+    schedule: Schedule,
+    shares_with: Executor | None,
+) -> _Pair | str:
+    """Both executors, or why the schedule cannot run."""
+    try:
+        whole = _captured(ctx, loaded, schedule, shares_with)
+        return whole, _captured(ctx, few, schedule, shares_with or whole)
+    except (RuntimeError, ValueError) as err:
+        torch.cuda.synchronize()  # raises where the context is lost: nothing can run after that
+        return (str(err).splitlines() or [type(err).__name__])[0]
+
+
+def _layer_turns(whole: _Turns, few: _Turns, layers: int) -> LayerTurns:
+    medians = zip(whole.turn_medians_us, few.turn_medians_us, strict=True)
+    return LayerTurns(
+        layer_us=tuple((all_us - few_us) / layers for all_us, few_us in medians),
+        watts=_mean_of_known(whole.watts),
+        sm_clock_mhz=statistics.mean(whole.clocks_mhz),
+    )
+
+
+def _captured(
+    ctx: RankContext, loaded: _Loaded, schedule: Schedule, shares_with: Executor | None = None
+) -> Executor:
+    """An executor ready to be replayed; with another one's buffers, as only one runs at a time."""
     batch = DenseBatch.build(
         schedule.nano_batches,
         loaded.requests,
@@ -201,7 +236,7 @@ def _captured(ctx: RankContext, loaded: _Loaded, schedule: Schedule) -> Executor
     resources = device_resources(ctx, loaded.graph, loaded.case.hardware, (schedule,))
     executor = Executor(
         loaded.graph, loaded.weights, loaded.cache, batch, schedule, resources
-    ).prepare()
+    ).prepare(shares_with)
     executor.capture()
     return executor
 
@@ -209,6 +244,14 @@ def _captured(ctx: RankContext, loaded: _Loaded, schedule: Schedule) -> Executor
 def _replay(executor: Executor, count: int) -> None:
     for _ in range(count):
         executor.replay()
+
+
+def _warm(executors: Sequence[Executor], counts: Sequence[int], turn_s: float) -> None:
+    """Drive the card for `WARM_S` in all, so that it is hot and held to its cap."""
+    part = WARM_S / (turn_s * max(1, len(executors)))
+    for executor, count in zip(executors, counts, strict=True):
+        _replay(executor, max(1, round(part * count)))
+    torch.cuda.synchronize()
 
 
 def _iterations_of(executor: Executor, turn_s: float) -> int:

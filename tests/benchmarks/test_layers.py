@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,15 +35,18 @@ def layers(load):
 
 
 @pytest.fixture
-def schedules(layers, stored):
-    found = layers.yaml.safe_load(stored.read_text())
-    return [layers.from_mapping(layers.Schedule, entry, "stored") for entry in found]
+def case(load):
+    return load("layer_cases").CASES["8b"]
 
 
 @pytest.fixture
-def graph(layers):
-    case = layers.iteration_case(layers.CASES["8b"], load_hardware("h200"))
-    return OpGraph.build(case.model, 1)
+def schedules(layers, case, stored):
+    return [p.schedule for p in layers.load_forecast(stored, case).predictions]
+
+
+@pytest.fixture
+def graph(layers, case):
+    return OpGraph.build(layers.iteration_case(case, load_hardware("h200")).model, 1)
 
 
 def row(joules, watts, clock, **changes):
@@ -67,6 +71,50 @@ def test_the_race_holds_sequential_ones_and_overlapped_ones_each_once(layers, sc
     assert 1 <= sum(is_overlapped) <= layers.OVERLAPPED_IN_RACE
     assert len(names) - sum(is_overlapped) >= 2
     assert len({(s.nano_batches, s.nano_ops) for s in schedules}) == len(schedules)
+
+
+def test_the_figures_come_from_the_final_of_the_fastest_of_each_kind(
+    layers, case, schedules, graph, monkeypatch
+):
+    """One schedule cannot run; the race is close, the final decides and gives the ratio."""
+    is_overlapped = [layers.overlaps(schedule, graph) for schedule in schedules]
+    calls = []
+
+    class Ranks:
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def call(self, function, iteration, asked, rounds, turn_s):
+            calls.append(asked)
+            return [[self.turns(schedule) for schedule in asked]]
+
+        def turns(self, schedule):
+            place = schedules.index(schedule)
+            found = SimpleNamespace(layer_us=(), watts=0.0, sm_clock_mhz=0.0, error="no kernel")
+            if place == 0:
+                return found
+            us = (110.0 if is_overlapped[place] else 100.0) + place
+            return SimpleNamespace(layer_us=(us, us), watts=700.0, sm_clock_mhz=1500.0, error="")
+
+    monkeypatch.setattr(layers, "RankGroup", Ranks)
+    monkeypatch.setattr(layers, "_limit", lambda *_: 50.0)
+    origin = {"command": "x", "commit": "abc", "gpu": "a GPU", "date": "2026-01-01"}
+    ratio, limit = layers.measure(case, load_hardware("h200"), schedules, origin)
+    final = calls[1]
+    assert schedules[0] not in final
+    assert len(final) == 2 * layers.FINALISTS
+    best, rival = (
+        100.0 + min(i for i, o in enumerate(is_overlapped) if not o and i),
+        110.0 + is_overlapped.index(True),
+    )
+    assert (ratio.id, ratio.value) == ("layer_8b", pytest.approx(best / rival))
+    assert (limit.id, limit.value) == ("layer_limit", pytest.approx(best / 50.0))
 
 
 def test_solo_points_are_the_nano_ops_of_the_plan_on_the_whole_gpu(layers, schedules, graph):
