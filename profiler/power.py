@@ -22,7 +22,7 @@ class EnergyCounterMissingError(RuntimeError):
 
 
 class PowerMeter:
-    """Reads one GPU, numbered as CUDA does. Used as a context manager it gives watts and joules of the enclosed time.
+    """Reads one GPU, numbered as CUDA does; as a context manager watts and joules of its time.
 
     The counter stands still between its updates, so a thread watches it and the watts are the
     slope between the first and the last update seen; joules are watts x enclosed time.
