@@ -85,17 +85,15 @@ def measure_joules(
 
 
 JOULE_SHARE = 0.1
-"""Part of the rows whose joules are measured, beyond the ones every family has."""
-VARYING = 0.1
-"""Relative spread of watts within a family from which more of its rows are measured."""
+"""Part of the rows whose joules are measured, at least the ones every family has."""
 
 
 def joule_points(families: Iterable[Family], rows: MutableMapping[Point, Row]) -> list[Point]:
     """Rows whose joules should be measured next, most telling first.
 
     Each family has its fastest variant at its coarse shares and, on all SMs, at its two most
-    telling numbers of rows, and the runner-up on all SMs. Families whose watts vary by more
-    than 10 % among those have all coarse rows of their fastest variants, up to a tenth of the rows.
+    telling numbers of rows, and the runner-up on all SMs. Then come the other coarse rows of the
+    fastest variants, families whose watts vary most first, up to a tenth of all rows.
     """
     families = tuple(families)
     by_family = {family: _ranked_rows(family, rows) for family in families}
@@ -113,11 +111,11 @@ def joule_points(families: Iterable[Family], rows: MutableMapping[Point, Row]) -
     for ranked in by_family.values():
         watts = [rows[point].watts for point in ranked[:_BASIC_ROWS] if rows[point].watts > 0]
         spread = (max(watts) - min(watts)) / max(watts) if watts else 0.0
-        if spread > VARYING:
-            rest = [
-                point for point in ranked[_BASIC_ROWS:] if rows[point].joules_source != "measured"
-            ]
-            more += [(-spread, point) for point in rest]
+        more += [
+            (-spread, point)
+            for point in ranked[_BASIC_ROWS:]
+            if rows[point].joules_source != "measured"
+        ]
     return [point for _, point in sorted(more, key=lambda item: item[0])][: max(0, room)]
 
 
