@@ -24,8 +24,9 @@ from ..runtime.kv_cache import PagedKvCache
 from ..runtime.launch import RankContext
 from ..runtime.op_graph import OpGraph
 from ..runtime.plan import Schedule, Timing
+from ..runtime.schedule import has_o_columns
 from ..runtime.steady_state import steady_pages, steady_requests
-from ..runtime.weights import Weights, random_weights
+from ..runtime.weights import Weights, add_o_columns, random_source, random_weights
 from .compile_ahead import compile_ahead
 from .power import PowerMeter
 from .rank_jobs import IterationCase
@@ -111,6 +112,19 @@ def load_model(ctx: RankContext, case: IterationCase) -> None:
     )
 
 
+def _loaded_for(ctx: RankContext, case: IterationCase, schedules: Sequence[Schedule]) -> _Loaded:
+    """The model with all forms of its weights that the schedules need."""
+    load_model(ctx, case)
+    loaded: _Loaded = ctx.state["iteration"]
+    weights, device = loaded.weights, torch.device(ctx.device)
+    if has_o_columns(schedules) and weights.layers[0].o_columns_WA is None:
+        source = random_source(
+            case.model, rank=ctx.rank, device=device, seed=case.seed, sharded_exactly=False
+        )
+        loaded.weights = add_o_columns(weights, source)
+    return loaded
+
+
 def unload_model(ctx: RankContext) -> None:
     """Give this rank's GPU memory back."""
     ctx.state.pop("iteration", None)
@@ -129,8 +143,7 @@ def measure_schedules(
     Returns:
         One timing per schedule; watts and clocks are this rank's, joules of this rank's GPU.
     """
-    load_model(ctx, case)
-    loaded: _Loaded = ctx.state["iteration"]
+    loaded = _loaded_for(ctx, case, schedules)
     executors = [_captured(ctx, loaded, schedule) for schedule in schedules]
     counts = _agree([_iterations_of(executor, turn_s) for executor in executors])
     turns = [_Turns() for _ in executors]
@@ -165,8 +178,7 @@ def measure_layers(
         One record per schedule; watts and clocks are this rank's. A schedule that the kernels here
         refuse, on all ranks alike, has an error instead of times.
     """
-    load_model(ctx, case)
-    loaded: _Loaded = ctx.state["iteration"]
+    loaded = _loaded_for(ctx, case, schedules)
     compile_ahead(schedules, loaded.graph)
     few = replace(
         loaded, weights=replace(loaded.weights, layers=loaded.weights.layers[:few_layers])

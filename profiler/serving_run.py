@@ -30,6 +30,7 @@ from ..runtime.model_runner import Launched, ModelRunner, Sampled
 from ..runtime.op_graph import OpGraph
 from ..runtime.plan import Schedule
 from ..runtime.rank_runner import LeadingRunner, follow, step_group
+from ..runtime.schedule import has_o_columns
 from ..runtime.scheduler_records import SchedulerLimits
 from ..runtime.sequence import Event, FinishEvent, GenerationRequest, SamplingParams
 from ..runtime.step import StepInputs
@@ -90,7 +91,10 @@ def run_contenders(
     ctx: RankContext, case: ServingCase, contenders: Sequence[Contender], rounds: int
 ) -> list[ServingRun]:
     """Serve the case with each book, in `rounds` interleaved rounds; empty on ranks above 0."""
-    loaded = load_case(ctx, case)
+    gathers = has_o_columns(
+        choice.schedule for c in contenders for choice in c.book.choices.values()
+    )
+    loaded = load_case(ctx, case, with_o_columns=gathers)
     runs: list[ServingRun] = []
     runners = {
         contender.name: _Kept(_warm_runner(ctx, case, loaded, contender))
@@ -150,14 +154,17 @@ def _add_joules(ctx: RankContext, meter: _Meter, runs: list[ServingRun]) -> None
             runs[-1] = replace(runs[-1], joules=sum(box))
 
 
-def load_case(ctx: RankContext, case: ServingCase) -> Loaded:
+def load_case(ctx: RankContext, case: ServingCase, *, with_o_columns: bool = False) -> Loaded:
     """Weights and cache of a case on this rank; those of the last call where they are the same."""
     key = (case.model, case.tp_degree, case.seed, case.weights)
     loaded: Loaded | None = ctx.state.get("serving")
-    if loaded is not None and loaded.key == key:
+    has_all = loaded is not None and (
+        not with_o_columns or loaded.weights.layers[0].o_columns_WA is not None
+    )
+    if loaded is not None and loaded.key == key and has_all:
         return loaded
     device = torch.device(ctx.device)
-    weights = _weights(ctx, case, device)
+    weights = _weights(ctx, case, device, with_o_columns)
     cache = PagedKvCache(
         case.model,
         num_pages=case.num_pages or _agreed_pages(ctx, case),
@@ -171,10 +178,16 @@ def load_case(ctx: RankContext, case: ServingCase) -> Loaded:
     return ctx.state["serving"]
 
 
-def _weights(ctx: RankContext, case: ServingCase, device: torch.device) -> Weights:
+def _weights(
+    ctx: RankContext, case: ServingCase, device: torch.device, with_o_columns: bool
+) -> Weights:
     if case.weights is not None:
         return load_checkpoint(
-            case.weights, rank=ctx.rank, tp_degree=case.tp_degree, device=device
+            case.weights,
+            rank=ctx.rank,
+            tp_degree=case.tp_degree,
+            device=device,
+            with_o_columns=with_o_columns,
         )[1]
     return random_weights(
         case.model,
@@ -183,6 +196,7 @@ def _weights(ctx: RankContext, case: ServingCase, device: torch.device) -> Weigh
         device=device,
         seed=case.seed,
         sharded_exactly=device.type == "cpu",
+        with_o_columns=with_o_columns,
     )
 
 

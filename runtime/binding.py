@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import kernels
 from .batching import DenseBatch
-from .buffers import Buffers
+from .buffers import GUARD_ROWS, Buffers
 from .kernels import registry
 from .kernels.registry import DecodeRows, PrefillRows, Received
 from .kv_cache import PagedKvCache
@@ -34,6 +34,9 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
     "prefill_attention": ("attn_TQ",),
     "o_proj": ("o_TD",),
     "attn_all_reduce": ("o_TD",),
+    "attn_all_gather": ("heads_TA",),
+    "o_proj_columns": ("o_columns_TW",),
+    "o_all_gather": ("o_TD",),
     "ffn_norm": ("residual_TD", "normed_TD"),
     "up_gate": ("act_TF",),
     "down": ("ffn_TD",),
@@ -67,9 +70,15 @@ _ALL_SMS = 132
 _GEMMS: dict[str, tuple[str, str, str]] = {
     "kqv": ("normed_TD", "kqv_CD", "qkv_TC"),
     "o_proj": ("attn_TQ", "o_proj_DQ", "o_TD"),
+    "o_proj_columns": ("heads_TA", "o_columns_WA", "o_columns_TW"),
     "down": ("act_TF", "down_DF", "ffn_TD"),
 }
 """Op -> input buffer, weight, output buffer."""
+_GATHERS: dict[str, tuple[str, str]] = {
+    "attn_all_gather": ("attn_TQ", "heads_TA"),
+    "o_all_gather": ("o_columns_TW", "o_TD"),
+}
+"""Op -> this rank's columns, all ranks' columns."""
 
 
 def outputs(op: Op) -> tuple[str, ...]:
@@ -118,6 +127,8 @@ class Binder:
                 return self._attention(kernel, nano_op, layer)
             case "all_reduce":
                 return self._all_reduce(kernel, nano_op)
+            case "all_gather":
+                return self._all_gather(kernel, nano_op)
             case "moe_router" | "grouped_gemm_silu" | "grouped_gemm" | "moe_combine":
                 return self._experts(kernel, nano_op, layer)
             case _:
@@ -135,6 +146,13 @@ class Binder:
         x_TD, first_row = self._rows(nano_op)[name], nano_op.tokens[0]
         return partial(kernel, x_TD, group, nano_op.num_sms, first_row)
 
+    def _all_gather(self, kernel: registry.Kernel, nano_op: NanoOp) -> Launch:
+        """Rows of memory that peers write are counted with the guard rows before them."""
+        columns, gathered = _GATHERS[nano_op.op]
+        rows, place = self._rows(nano_op), GUARD_ROWS + nano_op.tokens[0]
+        group = self._group(nano_op)
+        return partial(kernel, rows[columns], rows[gathered], group, nano_op.num_sms, place)
+
     def leaves_sum(self, nano_op: NanoOp) -> bool:
         """Whether an all-reduce only fetches the peers' rows, for their reader to sum."""
         is_cuda = self.weights.device.type == "cuda" and self.groups is not None
@@ -149,16 +167,17 @@ class Binder:
 
     def _received(self, op: str, tokens: tuple[int, int]) -> Received | None:
         """What the peers sent for rows whose all-reduce `op` leaves the sum to their reader."""
-        producers = [n for n in self.nano_ops if n.op == op and intersects(n.tokens, tokens)]
+        ends = {op, *(c.ops[-1].name for c in self.graph.alternatives if c.replaces[-1] == op)}
+        producers = [n for n in self.nano_ops if n.op in ends and intersects(n.tokens, tokens)]
         leaving = [n for n in producers if self.leaves_sum(n)]
         if not leaving:
             return None
         if len(leaving) < len(producers):
-            names = ", ".join(sorted({n.variant for n in producers}))
+            names = ", ".join(sorted({f"{n.variant} of {n.op}" for n in producers}))
             raise ValueError(
-                f"the norm of rows [{tokens[0]}, {tokens[1]}) sums what {op} fetched, so all of "
-                f"{op} there must use one of {', '.join(registry.LEAVES_SUM)} or none, but it uses "
-                f"{names}: choose one, or cut the norm at the same rows"
+                f"the norm of rows [{tokens[0]}, {tokens[1]}) sums what {op} fetched, so all rows "
+                f"there must come from {op} by one of {', '.join(registry.LEAVES_SUM)} or none, "
+                f"but they come by {names}: choose one, or cut the norm at the same rows"
             )
         return self._inbox(leaving[0]).received(*tokens)
 

@@ -4,13 +4,18 @@ With experts, a row of the dense batch is routed J times: what lies between rout
 places for each of its rows, next to each other. Rows [a, b) so own J (b - a) routed rows, in which
 the router sorts them by expert.
 
+Where rows take the all-gather form, peers write `heads_TA` and `o_TD`: both are then rows of the
+memory that the collectives of the executor's lanes ask for (`gather_buffer.output_rows`).
+
 Shape legend: T rows of the dense batch, D hidden, C = (qo + 2 kv) x head dim, Q = qo heads x head
-dim, F ffn width, E experts, J experts of a row (1 without); all of one tensor-parallel rank.
+dim, F ffn width, E experts, J experts of a row (1 without), W hidden columns; all of one
+tensor-parallel rank. A the heads of all ranks x head dim.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +24,10 @@ from .weights import Weights, torch_dtype
 
 GUARD_ROWS = 16
 """Rows before and after each buffer; 16 keep every buffer's start aligned for wide loads."""
+
+
+NewRows = Callable[[str, int, int], Tensor]
+"""(name, rows, width) -> memory for rows that an all-gather gives; on all ranks at once."""
 
 
 def poison(dtype: torch.dtype) -> float:
@@ -40,7 +49,7 @@ class Buffers:
     qkv_TC: Tensor
     attn_TQ: Tensor
     o_TD: Tensor
-    """Output projection, then its sum over the ranks."""
+    """Output projection, then its sum over the ranks; or what all of them have gathered."""
     up_gate_T2F: Tensor
     """Scratch of the `up_gate` variants that are not fused, J rows each."""
     act_TF: Tensor
@@ -57,6 +66,10 @@ class Buffers:
     """With experts, fp32: weight of each of its experts."""
     offsets_TE: Tensor | None = None
     """With experts, int32: where each expert's rows end, in the first row of each nano-op."""
+    heads_TA: Tensor | None = None
+    """All-gather form: attention output of all ranks."""
+    o_columns_TW: Tensor | None = None
+    """All-gather form: this rank's columns of the output projection."""
 
     @classmethod
     def allocate(cls, weights: Weights, num_rows: int) -> Buffers:
@@ -88,6 +101,25 @@ class Buffers:
             offsets_TE=rows(experts, torch.int32) if experts else None,
         )
 
+    def with_gathered(self, weights: Weights, new_rows: NewRows) -> Buffers:
+        """These with what the all-gather form needs; collective, and poisoned."""
+        model, num_rows = weights.model, self.residual_TD.shape[0]
+        dtype = self.residual_TD.dtype
+
+        def rows(name: str, width: int) -> Tensor:
+            guarded = new_rows(name, num_rows + 2 * GUARD_ROWS, width)
+            return guarded.fill_(poison(dtype))[GUARD_ROWS : GUARD_ROWS + num_rows]
+
+        columns = model.hidden_size // weights.tp_degree
+        shape = (num_rows + 2 * GUARD_ROWS, columns)
+        own = torch.full(shape, poison(dtype), dtype=dtype, device=weights.device)
+        return replace(
+            self,
+            heads_TA=rows("heads_TA", model.qo_size),
+            o_columns_TW=own[GUARD_ROWS : GUARD_ROWS + num_rows],
+            o_TD=rows("o_TD", model.hidden_size),
+        )
+
     def named(self) -> dict[str, Tensor]:
         """Buffers by name, those that the model has."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -113,5 +145,7 @@ class Buffers:
 
 
 def _guarded(buffer: Tensor) -> Tensor:
-    assert buffer._base is not None, "buffers are views of their guarded storage"
-    return buffer._base
+    num_rows, width = buffer.shape
+    first = buffer.storage_offset() - GUARD_ROWS * width
+    assert first >= 0, "buffers are views of their guarded storage"
+    return buffer.as_strided((num_rows + 2 * GUARD_ROWS, width), (width, 1), first)

@@ -44,6 +44,7 @@ def load_checkpoint(
     tp_degree: int = 1,
     device: torch.device,
     dtype: Dtype | None = None,
+    with_o_columns: bool = False,
 ) -> tuple[ModelSpec, Weights]:
     """The model that a folder describes, and one rank's share of its weights.
 
@@ -53,6 +54,7 @@ def load_checkpoint(
         tp_degree: ranks in all.
         device: where the weights go.
         dtype: what they are converted to; by default what `config.json` says.
+        with_o_columns: the output projection split by columns as well, for plans that gather.
 
     Raises:
         SpecError: `config.json` is missing or describes a model that is not supported.
@@ -70,7 +72,14 @@ def load_checkpoint(
     OpGraph.build(model, tp_degree)  # refuses a degree that does not divide the model
     with ExitStack() as stack:
         reader = _Reader(folder, model, device, stack)
-        weights = build_weights(model, reader, rank=rank, tp_degree=tp_degree, device=device)
+        weights = build_weights(
+            model,
+            reader,
+            rank=rank,
+            tp_degree=tp_degree,
+            device=device,
+            with_o_columns=with_o_columns,
+        )
         reader.check_all_read()
     return model, weights
 

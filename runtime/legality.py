@@ -6,6 +6,7 @@ shares the GPU cannot give, and nano-ops that can run at once on more SMs than t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from .op_graph import OpGraph
@@ -13,6 +14,11 @@ from .partition_layout import SmSplit, layout
 from .plan import Schedule
 from .schedule import IllegalScheduleError, concurrent_pairs
 
+Range = tuple[int, int]
+"""Half-open, of rows."""
+_FORMS = (
+    "o_proj and attn_all_reduce, or attn_all_gather, o_proj_columns and o_all_gather in their place"
+)
 _ROUTED_KINDS = ("moe_router", "grouped_gemm_silu", "grouped_gemm", "moe_combine")
 
 
@@ -72,30 +78,73 @@ def _check_nano_batches(schedule: Schedule) -> None:
 
 
 def _check_coverage(schedule: Schedule, graph: OpGraph) -> None:
-    ranges: dict[str, list[tuple[int, int]]] = {name: [] for name in graph.op_names}
+    """Every op once for each row; of ops that may stand for others, one chain for each row."""
+    ranges: dict[str, list[Range]] = {op.name: [] for op in graph.all_ops}
     for nano_op in schedule.nano_ops:
         if nano_op.op not in ranges:
             raise IllegalScheduleError(
-                f"unknown op {nano_op.op!r}; this graph has {', '.join(graph.op_names)}. A plan "
+                f"unknown op {nano_op.op!r}; this graph has {', '.join(ranges)}. A plan "
                 "made for other ops, by another version say, cannot run: tune again"
             )
         ranges[nano_op.op].append(nano_op.tokens)
     total = schedule.dense_batch_tokens
-    for op, spans in ranges.items():
-        expected = 0
-        for start, end in sorted(spans):
-            if start != expected:
-                what = "overlap" if start < expected else "miss rows"
-                raise IllegalScheduleError(
-                    f"token ranges of {op} {what}: [{start}, {end}) where row {expected} comes next"
-                )
-            expected = end
-        if expected != total:
-            rule = "end outside" if expected > total else "miss the end of"
+    whole = {op: [(0, total)] for op in graph.op_names}
+    for chain in graph.alternatives:
+        first, *others = (op.name for op in chain.ops)
+        taken = _joined(ranges[first])
+        whole |= dict.fromkeys((first, *others), taken)
+        whole |= dict.fromkeys(chain.replaces, _rest(taken, total))
+    for op, wanted in whole.items():
+        _check_tiles(op, sorted(ranges[op]), wanted, total)
+
+
+def _check_tiles(op: str, spans: list[Range], wanted: list[Range], total: int) -> None:
+    """The spans, in order, must tile these ranges."""
+    is_part = wanted != [(0, total)]
+    remedy = f"; rows take one form each, whole: {_FORMS}" if is_part else ""
+    left, last = list(wanted), 0
+    for start, end in spans:
+        expected, stop = left[0] if left else (max(last, total), total)
+        if start != expected and (left or start < last):
+            what = "overlap" if start < expected else "miss rows"
             raise IllegalScheduleError(
-                f"token ranges of {op} {rule} the dense batch: they end at {expected}, it has "
-                f"{total} rows"
+                f"token ranges of {op} {what}: [{start}, {end}) where row {expected} comes next"
+                f"{remedy}"
             )
+        if end > stop or not left:
+            raise IllegalScheduleError(
+                f"token ranges of {op} end outside the dense batch: they end at {end}, it has "
+                f"{total} rows"
+                if end > total or not is_part
+                else f"token ranges of {op} hold rows of another form: [{start}, {end}){remedy}"
+            )
+        left[:1] = [(end, stop)] if end < stop else []
+        last = end
+    if left:
+        raise IllegalScheduleError(
+            f"token ranges of {op} miss the end of the dense batch: they end at {last}, it has "
+            f"{total} rows"
+            if not is_part
+            else f"token ranges of {op} miss the rows [{left[0][0]}, {left[0][1]}){remedy}"
+        )
+
+
+def _joined(spans: Iterable[Range]) -> list[Range]:
+    """Ranges in order, those that touch as one."""
+    joined: list[Range] = []
+    for start, end in sorted(spans):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def _rest(spans: list[Range], total: int) -> list[Range]:
+    """What joined ranges leave of the dense batch."""
+    ends = [0, *(row for span in spans for row in span), total]
+    pairs = zip(ends[::2], ends[1::2], strict=True)
+    return [(start, end) for start, end in pairs if start < end]
 
 
 def _check_experts(schedule: Schedule, graph: OpGraph) -> None:

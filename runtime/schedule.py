@@ -8,10 +8,10 @@ lane, and the plan's own `after` edges. Executor, simulator and verifier all run
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .op_graph import Dependency, OpGraph, RowMix
+from .op_graph import Dependency, OpGraph, OutputForm, RowMix
 from .plan import NanoOp, Schedule
 
 
@@ -52,6 +52,30 @@ def intersects(a: tuple[int, int], b: tuple[int, int]) -> bool:
     return a[0] < b[1] and b[0] < a[1]
 
 
+def output_forms(schedule: Schedule, graph: OpGraph) -> tuple[tuple[OutputForm, ...], ...]:
+    """By nano-batch, the forms in which the attention's output of its rows is joined.
+
+    More than one where a form's range ends within the nano-batch.
+    """
+    first = {chain.ops[0].name: chain.form for chain in graph.alternatives}
+    first |= {chain.replaces[0]: graph.forms[0] for chain in graph.alternatives}
+    taken = [(first[n.op], n.tokens) for n in schedule.nano_ops if n.op in first]
+    return tuple(
+        tuple(
+            form
+            for form in graph.forms
+            if any(form == other and intersects(batch.tokens, rows) for other, rows in taken)
+        )
+        or graph.forms[:1]
+        for batch in schedule.nano_batches
+    )
+
+
+def has_o_columns(schedules: Iterable[Schedule]) -> bool:
+    """Whether any of them needs the output projection split by columns."""
+    return any(nano_op.op == "o_proj_columns" for s in schedules for nano_op in s.nano_ops)
+
+
 def _waits(consumer: NanoOp, dependency: Dependency, producer: NanoOp) -> bool:
     if dependency.reach == "prefix":
         return producer.tokens[0] < consumer.tokens[1]
@@ -61,7 +85,7 @@ def _waits(consumer: NanoOp, dependency: Dependency, producer: NanoOp) -> bool:
 def data_edges(schedule: Schedule, graph: OpGraph) -> Iterator[tuple[int, int, int]]:
     """Yield (producer index, consumer index, layer distance) for every data dependency."""
     for consumer_index, consumer in enumerate(schedule.nano_ops):
-        for dependency in graph.op(consumer.op).dependencies:
+        for dependency in graph.dependencies(graph.op(consumer.op)):
             for producer_index, producer in enumerate(schedule.nano_ops):
                 if producer.op == dependency.op and _waits(consumer, dependency, producer):
                     yield producer_index, consumer_index, dependency.layer_distance

@@ -22,6 +22,7 @@ from .plan import Plan, Schedule
 from .plan_choice import PlanBook
 from .plan_io import load_plan
 from .plan_match import LiveGpus, match_plan
+from .schedule import has_o_columns
 from .scheduler_records import SchedulerLimits
 
 if TYPE_CHECKING:
@@ -182,6 +183,7 @@ class RankSetting:
             # One core is for HTTP: an op's threads wait for the slowest of them.
             torch.set_num_threads(max(1, ((os.cpu_count() or 1) - 1) // ranks))
         folder = self.options.folder
+        gathers = has_o_columns(choice.schedule for choice in self.book.choices.values())
         if folder is None:
             weights = random_weights(
                 self.model,
@@ -190,9 +192,16 @@ class RankSetting:
                 device=device,
                 seed=self.options.random_seed,
                 sharded_exactly=self.device == "cpu",
+                with_o_columns=gathers,
             )
         else:
-            _, weights = load_checkpoint(folder, rank=context.rank, tp_degree=ranks, device=device)
+            _, weights = load_checkpoint(
+                folder,
+                rank=context.rank,
+                tp_degree=ranks,
+                device=device,
+                with_o_columns=gathers,
+            )
         cache = PagedKvCache(
             self.model,
             num_pages=self.config.num_pages,

@@ -30,7 +30,7 @@ from .legality import check
 from .model import ReferenceOutput, reference_forward
 from .op_graph import OpGraph, RowMix
 from .plan import Schedule, Verification
-from .schedule import Instance, random_legal_order
+from .schedule import Instance, has_o_columns, random_legal_order
 from .steady_state import batch_mix, steady_pages, steady_requests
 from .verify import TOLERANCE, Case, MakeResources, VerificationError
 from .weights import Weights, random_weights
@@ -155,6 +155,7 @@ def _setting(ctx: RankContext, case: Case, make_resources: MakeResources) -> _Se
         device=device,
         seed=case.seed,
         num_layers=case.num_layers,
+        with_o_columns=has_o_columns((case.schedule, case.sequential)),
     )
     return _Setting(
         case=case,

@@ -4,14 +4,15 @@ All come through one door, a `Source` that gives this rank's part of a matrix by
 name; so random weights of two ranks are slices of the same full model.
 
 Shape legend: D hidden, C = (qo + 2 kv) x head dim, Q = qo heads x head dim, F ffn width, V rows of
-the vocabulary, H head dim, L positions, E experts; C, Q, F and V are this rank's share.
+the vocabulary, H head dim, L positions, E experts; C, Q, F and V are this rank's share. W hidden
+columns of this rank, A the heads of all ranks x head dim.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -48,6 +49,7 @@ class LayerWeights:
     """Queries, keys, values, in this order."""
     kqv_bias_C: Tensor | None
     o_proj_DQ: Tensor
+    """Split by rows: what this rank's heads add to every hidden column."""
     ffn_norm_D: Tensor
     up_gate_2FD: Tensor
     """Up rows, then gate rows; with experts one such matrix each, [E, 2F, D]."""
@@ -55,6 +57,8 @@ class LayerWeights:
     """With experts one such matrix each, [E, D, F]."""
     router_ED: Tensor | None = None
     """With experts; the same on every rank."""
+    o_columns_WA: Tensor | None = None
+    """The same output projection split by columns, for plans that gather (`o_proj_columns`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,8 +131,12 @@ def build_weights(
     tp_degree: int,
     device: torch.device,
     num_layers: int | None = None,
+    with_o_columns: bool = False,
 ) -> Weights:
-    """Assemble the fused matrices of one rank from a source of named ones."""
+    """Assemble the fused matrices of one rank from a source of named ones.
+
+    `with_o_columns` adds the output projection split by columns (`has_o_columns` of the schedules).
+    """
     layers = model.num_hidden_layers if num_layers is None else num_layers
     hidden, vocab = model.hidden_size, model.vocab_size
     table, head_rows = (vocab, hidden), vocab_range(model, rank, tp_degree)
@@ -141,7 +149,9 @@ def build_weights(
         model=model,
         rank=rank,
         tp_degree=tp_degree,
-        layers=tuple(_layer(model, source, layer, rank, tp_degree) for layer in range(layers)),
+        layers=tuple(
+            _layer(model, source, layer, rank, tp_degree, with_o_columns) for layer in range(layers)
+        ),
         embedding_VD=embedding_VD,
         final_norm_D=source("model.norm.weight", (hidden,), 0, (0, hidden)),
         lm_head_VD=lm_head_VD,
@@ -149,7 +159,14 @@ def build_weights(
     )
 
 
-def _layer(model: ModelSpec, source: Source, layer: int, rank: int, tp_degree: int) -> LayerWeights:
+def _layer(
+    model: ModelSpec,
+    source: Source,
+    layer: int,
+    rank: int,
+    tp_degree: int,
+    with_o_columns: bool,
+) -> LayerWeights:
     hidden, ffn = model.hidden_size, model.intermediate_size
     prefix = f"model.layers.{layer}."
 
@@ -196,7 +213,17 @@ def _layer(model: ModelSpec, source: Source, layer: int, rank: int, tp_degree: i
         up_gate_2FD=up_gate_2FD,
         down_DF=down_DF,
         router_ED=router_ED,
+        o_columns_WA=(
+            _o_columns(model, source, layer, rank, tp_degree) if with_o_columns else None
+        ),
     )
+
+
+def _o_columns(model: ModelSpec, source: Source, layer: int, rank: int, tp_degree: int) -> Tensor:
+    hidden = model.hidden_size
+    part = rank * hidden // tp_degree, (rank + 1) * hidden // tp_degree
+    name = f"model.layers.{layer}.self_attn.o_proj.weight"
+    return source(name, (hidden, model.qo_size), 0, part)
 
 
 def random_weights(
@@ -208,6 +235,7 @@ def random_weights(
     seed: int = 0,
     num_layers: int | None = None,
     sharded_exactly: bool = True,
+    with_o_columns: bool = False,
 ) -> Weights:
     """Normal weights of standard deviation 1 / sqrt(fan in), so that activations stay near 1.
 
@@ -220,7 +248,23 @@ def random_weights(
         num_layers: fewer layers than the model has, for verification.
         sharded_exactly: make each full matrix and keep this rank's slice. False makes the slice
             alone: fast and small for timing, but ranks are then not parts of one model.
+        with_o_columns: the output projection split by columns as well, of the same matrix.
     """
+    return build_weights(
+        model,
+        random_source(model, rank=rank, device=device, seed=seed, sharded_exactly=sharded_exactly),
+        rank=rank,
+        tp_degree=tp_degree,
+        device=device,
+        num_layers=num_layers,
+        with_o_columns=with_o_columns,
+    )
+
+
+def random_source(
+    model: ModelSpec, *, rank: int, device: torch.device, seed: int, sharded_exactly: bool
+) -> Source:
+    """What gives `random_weights` its matrices; the arguments are those."""
     dtype = torch_dtype(model.torch_dtype)
 
     def source(name: str, shape: tuple[int, ...], dim: int, part: tuple[int, int]) -> Tensor:
@@ -235,8 +279,18 @@ def random_weights(
             return x.mul_(0.1)
         return x.mul_(0.1).add_(1.0) if len(shape) == 1 else x.mul_(shape[-1] ** -0.5)
 
-    return build_weights(
-        model, source, rank=rank, tp_degree=tp_degree, device=device, num_layers=num_layers
+    return source
+
+
+def add_o_columns(weights: Weights, source: Source) -> Weights:
+    """The weights with the output projection split by columns as well, from their own source."""
+    model, rank, tp_degree = weights.model, weights.rank, weights.tp_degree
+    return replace(
+        weights,
+        layers=tuple(
+            replace(held, o_columns_WA=_o_columns(model, source, layer, rank, tp_degree))
+            for layer, held in enumerate(weights.layers)
+        ),
     )
 
 
@@ -247,6 +301,7 @@ def load_hf_state_dict(
     rank: int = 0,
     tp_degree: int = 1,
     device: torch.device,
+    with_o_columns: bool = False,
 ) -> Weights:
     """Take one rank's share of a transformers Llama or Qwen2 `state_dict()`.
 
@@ -267,4 +322,11 @@ def load_hf_state_dict(
         x = x.detach().narrow(dim, part[0], part[1] - part[0])
         return x.to(device=device, dtype=dtype).clone(memory_format=torch.contiguous_format)
 
-    return build_weights(model, source, rank=rank, tp_degree=tp_degree, device=device)
+    return build_weights(
+        model,
+        source,
+        rank=rank,
+        tp_degree=tp_degree,
+        device=device,
+        with_o_columns=with_o_columns,
+    )

@@ -12,7 +12,8 @@ is copied on this rank.
 Reuse: a peer's rows are written only after it has said that they are free, which its stream reaches
 behind everything that read them (`copy_engine.py` has the argument). Two all-gathers may use the
 same rows of one buffer when a plan's data dependencies put the readers of the first before the
-second.
+second; an executor gives each its own all the same (`name`), so that what each may write can be
+audited.
 
 Shape legend: T rows, W columns of one rank, D = ranks x W.
 """
@@ -86,21 +87,24 @@ class GatherBuffer:
 
 
 class GatherBuffers:
-    """The gather buffers of a rank, shared by all lanes: one for each width and dtype."""
+    """The gather buffers of a rank, shared by all lanes: one for each name, width and dtype."""
 
     def __init__(self, signals: Signals = "write") -> None:
         self._signals: Signals = signals
         self._buffers: list[GatherBuffer] = []
+        self._names: list[str] = []
 
-    def buffer(self, num_rows: int, width: int, dtype: torch.dtype) -> GatherBuffer:
+    def buffer(self, num_rows: int, width: int, dtype: torch.dtype, name: str = "") -> GatherBuffer:
         """A buffer for at least `num_rows`; collective when there is none yet.
 
         Former, smaller ones stay: captured graphs hold them.
         """
-        for buffer in self._buffers:
-            if (buffer.width, buffer.dtype) == (width, dtype) and buffer.num_rows >= num_rows:
+        for buffer, known in zip(self._buffers, self._names, strict=True):
+            is_alike = (known, buffer.width, buffer.dtype) == (name, width, dtype)
+            if is_alike and buffer.num_rows >= num_rows:
                 return buffer
         self._buffers.append(GatherBuffer(max(num_rows, _MIN_ROWS), width, dtype, self._signals))
+        self._names.append(name)
         return self._buffers[-1]
 
     def find(self, out_TD: Tensor, first_row: int) -> GatherBuffer:
@@ -127,14 +131,16 @@ def output_rows(
     width: int,
     dtype: torch.dtype,
     device: torch.device,
+    name: str = "",
 ) -> Tensor:
     """Memory for `out_TD` that every all-gather variant of a lane's group can write.
 
-    On CUDA with several ranks it is symmetric memory, and making it is collective.
+    On CUDA with several ranks it is symmetric memory, and making it is collective. Other names give
+    other memory.
     """
     if isinstance(group, Mapping) and KEY in group:
         buffers: GatherBuffers = group[KEY]
-        return buffers.buffer(num_rows, width, dtype).rows_TD[:num_rows]
+        return buffers.buffer(num_rows, width, dtype, name).rows_TD[:num_rows]
     return torch.empty(num_rows, width, dtype=dtype, device=device)
 
 

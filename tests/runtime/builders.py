@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from nanoflow_tune.runtime.op_graph import OpGraph
 from nanoflow_tune.runtime.plan import NanoBatch, NanoOp, Schedule
 from nanoflow_tune.search_spaces.schema import ModelSpec
@@ -9,7 +12,8 @@ from nanoflow_tune.search_spaces.schema import ModelSpec
 NUM_SMS = 132
 
 MEMORY_OPS = ("decode_attention",)
-NETWORK_OPS = ("attn_all_reduce", "ffn_all_reduce")
+NETWORK_OPS = ("attn_all_reduce", "ffn_all_reduce", "attn_all_gather", "o_all_gather")
+GATHER = ("attn_all_gather", "o_proj_columns", "o_all_gather")
 
 
 def tiny_model(architecture: str = "llama", num_layers: int = 2, **overrides: object) -> ModelSpec:
@@ -90,3 +94,20 @@ def ping_pong(
             *(nano_op(op, b, 0) for op in front),
         ),
     )
+
+
+def gathering(schedule: Schedule, gathers: Sequence[bool]) -> Schedule:
+    """The schedule with the all-gather form in those of its nano-batches that want it."""
+    wanted = {
+        batch.tokens for batch, gather in zip(schedule.nano_batches, gathers, strict=True) if gather
+    }
+    nano_ops: list[NanoOp] = []
+    for nano_op in schedule.nano_ops:
+        if nano_op.tokens not in wanted or nano_op.op not in ("o_proj", "attn_all_reduce"):
+            nano_ops.append(nano_op)
+            continue
+        for op in GATHER if nano_op.op == "o_proj" else ():
+            lane = nano_op.lane if schedule.lanes == (nano_op.lane,) else _lane(op)
+            share = nano_op.num_sms if lane == nano_op.lane else _share(op)
+            nano_ops.append(replace(nano_op, op=op, lane=lane, num_sms=share))
+    return replace(schedule, nano_ops=tuple(nano_ops))
