@@ -39,8 +39,9 @@ from .step import StepInputs
 from .weights import Weights
 
 MANY_ROWS = 1024
-"""From here on an executor has room for eighths of its rows to predict tokens, below for halves:
-each room is a graph to capture, and the LM head costs little on few rows."""
+"""Of a constant dense batch: from here on its executors have room for eighths of their rows to
+predict tokens. Others have room for halves: each room is a graph to capture, and rows of other
+batches nearly all decode."""
 ResourcesOf = Callable[[Schedule], Resources]
 
 
@@ -138,7 +139,9 @@ class ModelRunner:
         limit = next(size for size in self.book.sizes if size >= min(limit, self.book.max_rows))
         for choice in self.book.choices.values():
             if choice.rows <= limit:
-                for num_logits in _rooms(choice.rows):
+                rows = choice.rows
+                rooms = {self._room(rows, count + 1) for count in range(rows)}
+                for num_logits in sorted(rooms, reverse=True):
                     self._bind(choice.key, num_logits)
         return len(self._bound)
 
@@ -157,7 +160,7 @@ class ModelRunner:
         self._needs.take(inputs.slots_taken)
         choice = self.book.choices[inputs.choice]
         slots = inputs.logit_slots
-        bound = self._bind(choice.key, logit_room(choice.rows, len(slots)))
+        bound = self._bind(choice.key, self._room(choice.rows, len(slots)))
         bound.batch.fill(inputs, self._page_table_NP)
         if bound.batch.is_captured:
             bound.executor.replay()
@@ -224,6 +227,10 @@ class ModelRunner:
             self._bound[key, num_logits] = found
         return found
 
+    def _room(self, rows: int, num_tokens: int) -> int:
+        is_usual = rows == self.book.target_rows and rows >= MANY_ROWS
+        return logit_room(rows, num_tokens, 8 if is_usual else 2)
+
     def _batch_sizes(self, num_logits: int) -> BatchSizes:
         return BatchSizes(
             num_logits=num_logits,
@@ -265,15 +272,10 @@ def _no_resources(schedule: Schedule) -> Resources:
     return Resources()
 
 
-def logit_room(rows: int, num_tokens: int) -> int:
+def logit_room(rows: int, num_tokens: int, parts: int) -> int:
     """Logit rows of the executor that runs a step with `num_tokens` tokens to predict."""
-    unit = max(1, rows // (8 if rows >= MANY_ROWS else 2))
+    unit = max(1, rows // parts)
     return min(rows, -(-max(1, num_tokens) // unit) * unit)
-
-
-def _rooms(rows: int) -> list[int]:
-    """All logit rooms of a dense batch, the largest first."""
-    return sorted({logit_room(rows, n + 1) for n in range(rows)}, reverse=True)
 
 
 def _alike(book: PlanBook) -> dict[str, str]:

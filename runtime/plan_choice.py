@@ -18,6 +18,8 @@ from .plan import Bucket, NanoBatch, NanoOp, Plan, Schedule
 from .plan_lookup import distance, holds, nearest
 
 SMALLEST_ROWS = 16
+TILE_ROWS = 128
+"""Rows of the largest GEMM tiles."""
 MAX_DISTANCE = 0.25
 """A winner is used when mix and KV length are this near to those it was found for."""
 HOST_PLANNED = ("flashinfer",)
@@ -223,14 +225,19 @@ class PlanBook:
 
 
 def step_sizes(largest: int, wanted: set[int]) -> tuple[int, ...]:
-    """Dense-batch sizes: powers of two and halfway between, those wanted, up to the largest."""
+    """Dense-batch sizes: powers of two and halfway between, in steps of a tile, those wanted.
+
+    A GEMM computes whole tiles of `TILE_ROWS` rows anyway, so coarser steps would be padding that
+    costs, and finer ones would not save any.
+    """
     sizes = set(wanted) | {largest}
     size = SMALLEST_ROWS
-    while size < largest:
+    while size < min(largest, 4 * TILE_ROWS):
         sizes.add(size)
         if size >= 4 * SMALLEST_ROWS and size * 3 // 2 < largest:
             sizes.add(size * 3 // 2)
         size *= 2
+    sizes.update(range(4 * TILE_ROWS, largest, TILE_ROWS))
     return tuple(sorted(sizes))
 
 

@@ -69,6 +69,8 @@ def test_without_a_plan_there_are_sequential_schedules_of_all_sizes():
 
 def test_sizes_are_powers_of_two_and_halfway_between():
     assert step_sizes(512, {320}) == (16, 32, 64, 96, 128, 192, 256, 320, 384, 512)
+    assert step_sizes(1000, {1000})[-5:] == (512, 640, 768, 896, 1000)
+    assert step_sizes(40, {24}) == (16, 24, 32, 40)
 
 
 def test_measured_times_scale_the_predicted_ones():
