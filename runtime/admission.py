@@ -11,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+_FEW_TILES = 4
+"""Below so many tiles of decodes the part of a tile is not weighed: each request counts more."""
+
 
 class DecodeLengths:
     """The average of the generated lengths seen; recent ones weigh more."""
@@ -60,3 +63,36 @@ def peak_pages(growths: Sequence[Growth], page_size: int) -> float:
         default=0.0,
     )
     return peak / page_size
+
+
+def fits_peak(
+    growths: Sequence[Growth],
+    newcomer: Growth,
+    *,
+    num_waiting: int,
+    room_pages: float,
+    page_size: int,
+    tile_rows: int,
+) -> bool:
+    """Whether the expected peak fits with a newcomer; alone it always does.
+
+    Decodes beyond a whole GEMM tile of them cost as much as the next tile full, so the first of a
+    tile comes in when those that wait, or as many of them as fill it, fit too.
+
+    Args:
+        growths: of the running requests and the newcomer, sorted.
+        newcomer: stands for those behind it, too.
+        num_waiting: requests that wait, the newcomer among them.
+        room_pages: what the peak may take.
+        page_size: tokens of a page.
+        tile_rows: of a GEMM tile.
+    """
+    running = len(growths) - 1
+    if running == 0:
+        return True
+    if peak_pages(growths, page_size) > room_pages:
+        return False
+    if running < _FEW_TILES * tile_rows or running % tile_rows:
+        return True
+    following = [newcomer] * (min(tile_rows, num_waiting) - 1)
+    return peak_pages(sorted([*growths, *following]), page_size) <= room_pages

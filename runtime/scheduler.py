@@ -15,7 +15,7 @@ from collections import deque
 
 import numpy as np
 
-from .admission import DecodeLengths, Growth, peak_pages
+from .admission import DecodeLengths, Growth, fits_peak
 from .page_pool import PagePool
 from .prefix_index import PrefixIndex
 from .request_check import check_request
@@ -300,12 +300,18 @@ class Scheduler:
         return True
 
     def _peak_fits(self, newcomer: Sequence, forming: Forming) -> bool:
-        """Whether the expected peak fits with a newcomer; alone it always does."""
         if forming.growths is None:
             forming.growths = sorted(map(self._growth, self.running))
-        insort(forming.growths, self._growth(newcomer))
-        room = self.limits.admitted_fraction * self.pool.num_pages
-        return not self.running or peak_pages(forming.growths, self.pool.page_size) <= room
+        growth = self._growth(newcomer)
+        insort(forming.growths, growth)
+        return fits_peak(
+            forming.growths,
+            growth,
+            num_waiting=len(self.waiting),
+            room_pages=self.limits.admitted_fraction * self.pool.num_pages,
+            page_size=self.pool.page_size,
+            tile_rows=self.limits.tile_rows,
+        )
 
     def _growth(self, sequence: Sequence) -> Growth:
         generated = sequence.num_generated + sequence.num_in_flight

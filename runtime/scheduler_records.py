@@ -25,6 +25,8 @@ class SchedulerLimits:
     """What requests are taken to generate before any has ended."""
     admitted_fraction: float = 0.98
     """Of the pages that the expected peak may fill."""
+    tile_rows: int = 128
+    """Of a GEMM: decodes come in whole tiles where the pages decide how many there are."""
     max_swapped_pages: int | None = None
     """Of requests preempted to host memory; None: no limit. A request that finds no room ends."""
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoflow_tune.runtime.admission import DecodeLengths, peak_pages
+from nanoflow_tune.runtime.admission import DecodeLengths, fits_peak, peak_pages
 from nanoflow_tune.runtime.page_pool import PagePool
 from nanoflow_tune.runtime.prefix_index import PrefixIndex
 from nanoflow_tune.runtime.scheduler import Scheduler
@@ -336,3 +336,23 @@ def test_a_request_that_outlives_the_average_is_expected_to_double():
     for _ in range(2000):
         lengths.add(40)
     assert lengths.mean == pytest.approx(40, abs=1)
+
+
+def fits(num_running, num_waiting, room_pages):
+    growth = (-8.0, 8)  # 16 tokens each at the end, whose last page is half empty
+    growths = [growth] * (num_running + 1)
+    sizes = {"page_size": 4, "tile_rows": 16}
+    return fits_peak(growths, growth, num_waiting=num_waiting, room_pages=room_pages, **sizes)
+
+
+def test_a_tile_of_decodes_is_begun_when_it_can_be_filled():
+    assert peak_pages([(-8.0, 8)] * 70, 4) == pytest.approx(70 * 17.5 / 4)
+    room = 70 * 17.5 / 4
+    assert not fits(64, 100, room)  # 64 are four tiles: 16 more do not fit
+    assert fits(63, 100, room)
+    assert fits(65, 100, room)  # begun, it is filled as far as may be
+    assert not fits(70, 100, room)
+    assert fits(64, 6, room)  # nobody else waits
+    assert not fits(64, 7, room)
+    assert fits(48, 100, room)  # few are not held back
+    assert fits(0, 100, 1.0)
