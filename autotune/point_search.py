@@ -35,6 +35,7 @@ from .patterns import (
 )
 from .race import best_overlapped, distinct, pick_winner
 from .resize import granularity, resized, row_order_of
+from .side_by_side import attention_side_by_side
 from .simulator import predict
 
 NAME = "overlapped"
@@ -94,7 +95,7 @@ class PointSearch:
         base = self._unless_kept(
             self.predicted(sequential(self.graph, self.cost_model, rows), rows), rows, kept
         )
-        overlapped = self._overlapped(rows, seeds, kept)
+        overlapped = self._overlapped(rows, base.schedule, seeds, kept)
         best = best_overlapped(overlapped, self.graph)
         best = self._unless_kept(best, rows, kept)
         winner = pick_winner(base, [best])
@@ -106,11 +107,13 @@ class PointSearch:
         return Candidate(schedule=schedule, predicted=timing)
 
     def _overlapped(
-        self, rows: RowMix, seeds: Sequence[Schedule], kept: Sequence[Schedule]
+        self, rows: RowMix, base: Schedule, seeds: Sequence[Schedule], kept: Sequence[Schedule]
     ) -> list[Candidate]:
         """Legal overlapped candidates, best first."""
         same = [schedule for schedule in kept if schedule.is_overlapped]
         made = [*same, *self._resized_seeds(rows, seeds), *self._ping_pongs(rows)]
+        beside = attention_side_by_side(base, self.graph, self.cost_model, rows)
+        made += [replace(beside, name=NAME)] if beside is not None else []
         known = distinct(filter(None, (self._tried(schedule, rows) for schedule in made)))
         known.sort(key=lambda candidate: candidate.predicted.period_us)
         found = list(known)

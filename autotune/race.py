@@ -68,7 +68,7 @@ def why_it_won(base: Candidate, others: Sequence[Candidate]) -> str:
 
 
 def best_overlapped(candidates: Sequence[Candidate], graph: OpGraph) -> Candidate:
-    """The fastest with two nano-batches and two lanes of which some ops can run at once.
+    """The fastest with two lanes of which some ops can run at once.
 
     Measured ones come first when there are any.
     """

@@ -40,6 +40,7 @@ from .profile_faults import profile_warnings
 from .race import best_overlapped, distinct, pick_winner, summary, why_it_won
 from .race import overlaps as overlaps
 from .refine import Family, Measure, placed_of, refine
+from .side_by_side import attention_side_by_side
 from .simulator import predict
 from .structure import find_structure
 
@@ -113,11 +114,14 @@ class _Search:
         return True
 
     def baselines(self) -> Candidate:
-        """Sequential (returned), nano-only in each row order, equal split."""
+        """Sequential (returned), nano-only in each row order, equal split, attentions at once."""
         first = self.add(sequential(self.graph, self.cost_model, self.mix))
         for order in self.space.row_orders:
             self.add(nano_only(self.graph, self.cost_model, self.mix, order))
         self.add(equal_split(self.graph, self.cost_model, self.mix, self.space))
+        beside = attention_side_by_side(first.schedule, self.graph, self.cost_model, self.mix)
+        if beside is not None and self.is_legal(beside):
+            self.add(beside)
         return first
 
     def family(self, structure: Schedule | None = None) -> Family:
@@ -193,7 +197,7 @@ class _Search:
         found, certificate = self._solve(schedules, 1)
         is_single = found is None or len(found.nano_batches) == 1
         if is_single and self.space.max_nano_batches > 1:
-            overlapped = [s for s in schedules if s.is_overlapped]
+            overlapped = [s for s in schedules if s.is_overlapped and len(s.nano_batches) > 1]
             found, _ = self._solve(overlapped, 2)
         return found, certificate
 

@@ -138,8 +138,8 @@ class Schedule:
 
     @property
     def is_overlapped(self) -> bool:
-        """At least two nano-batches and two lanes."""
-        return len(self.nano_batches) > 1 and len(self.lanes) > 1
+        """At least two lanes: of one nano-batch, both attentions may run at once."""
+        return len(self.lanes) > 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
