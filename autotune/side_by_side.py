@@ -32,8 +32,8 @@ def attention_side_by_side(
         mix: rows of the dense batch.
 
     Returns:
-        None if a batch holds decodes or prefills only, or the graph has no such ops, or no two shares
-        fit.
+        None if the batch holds decodes or prefills only, the graph has no such ops, or no two
+        shares fit.
     """
     has_both = {DECODE, PREFILL} <= set(graph.op_names) and mix.decode_tokens and mix.prefill_tokens
     if not has_both or len(base.nano_batches) != 1:
