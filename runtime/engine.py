@@ -118,6 +118,7 @@ class Engine:
         )
         self._wake = threading.Condition()
         self._arrivals: deque[tuple[GenerationRequest, OnEvent]] = deque()
+        self._arriving: set[str] = set()
         self._cancelled: deque[str] = deque()
         self._thread: threading.Thread | None = None
         self._is_closing = self._is_ready = False
@@ -186,19 +187,21 @@ class Engine:
             RequestRejected: the request can never run (400, 413), too many wait or it would wait
                 too long (429), or the engine ends (503).
         """
-        bad = [t for t in request.prompt_token_ids if not 0 <= t < self.vocab_size]
-        if bad:
+        token_ids = request.prompt_token_ids
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
+            bad = next(t for t in token_ids if not 0 <= t < self.vocab_size)
             raise RequestRejected(
-                400, f"token ids must lie in [0, {self.vocab_size}), but got {bad[0]}"
+                400, f"token ids must lie in [0, {self.vocab_size}), but got {bad}"
             )
         with self._wake:
             if self._is_closing or self._failure is not None or self._thread is None:
                 raise RequestRejected(503, "the engine is shutting down: send elsewhere", 10.0)
-            if any(request.request_id == other.request_id for other, _ in self._arrivals):
+            if request.request_id in self._arriving:
                 raise RequestRejected(400, f"request {request.request_id!r} is waiting already")
             self._scheduler.check(request, len(self._arrivals))
             self._check_ttft()
             self._arrivals.append((request, on_event))
+            self._arriving.add(request.request_id)
             self._wake.notify_all()
 
     def cancel(self, request_id: str) -> None:
@@ -315,6 +318,7 @@ class Engine:
             is_late = self._now() >= self._deadline_s
             arrivals, cancelled = list(self._arrivals), list(self._cancelled)
             self._arrivals.clear()
+            self._arriving.clear()
             self._cancelled.clear()
         for request, on_event in arrivals:
             self._scheduler.add(request, on_event)

@@ -36,7 +36,7 @@ USABLE_SHARE = 0.9
 """Of a GPU's memory, for weights, activations and cache; the rest is the driver's and NCCL's."""
 CPU_CACHE_BYTES = 1 << 30
 CPU_CONTEXT = 4096
-DEFAULT_MAX_RUNNING = {"cuda": 1024, "cpu": 64}
+DEFAULT_MAX_RUNNING = {"cuda": 2048, "cpu": 64}
 _FP32_BYTES = 4
 
 DeviceType = Literal["cpu", "cuda"]
@@ -116,7 +116,7 @@ def prepare(
     _check_offload(options)
     page_bytes = model.kv_bytes_per_token * plan.page_size // num_gpus
     room = options.cache_bytes or _cache_bytes(model, book.max_rows, num_gpus, device)
-    limits = _limits(options, model, book.max_rows, device)
+    limits = _limits(options, model, book, device)
     if options.swap_bytes is not None:
         swap_pages = options.swap_bytes // (page_bytes * num_gpus)
         limits = replace(limits, max_swapped_pages=swap_pages)
@@ -226,7 +226,10 @@ class RankSetting:
             KvStore(cache, self.options.offload_folder),
         )
         if self.device == "cuda":
-            runner.warm_up()
+            # Steps grow beyond the constant dense batch when a latency target leaves room.
+            has_target = self.config.latency.tpot_s is not None
+            usual = max(self.book.target_rows, self.config.limits.max_running)
+            runner.warm_up(None if has_target else usual)
         return runner
 
 
@@ -246,7 +249,7 @@ def _as_path(folder: Path) -> Path:
 
 
 def _limits(
-    options: ServingOptions, model: ModelSpec, max_rows: int, device: DeviceType
+    options: ServingOptions, model: ModelSpec, book: PlanBook, device: DeviceType
 ) -> SchedulerLimits:
     longest = model.max_position_embeddings
     default = longest if device == "cuda" else min(longest, CPU_CONTEXT)
@@ -256,7 +259,7 @@ def _limits(
             f"--max-model-len must be at most the model's {longest} positions, but is "
             f"{max_model_len}"
         )
-    max_running = options.max_running or min(DEFAULT_MAX_RUNNING[device], max_rows)
+    max_running = options.max_running or min(DEFAULT_MAX_RUNNING[device], book.target_rows)
     return SchedulerLimits(
         max_model_len=max_model_len, max_running=max_running, max_waiting=options.max_queue
     )
