@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..search_spaces.records import read_bounded
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -51,6 +53,11 @@ class ChatText:
         return () if token_id is None else (int(token_id),)
 
     @property
+    def num_token_ids(self) -> int:
+        """Every token id of a prompt is below this."""
+        return 1 + max(self._tokenizer.get_vocab().values(), default=-1)
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the folder says how to write a conversation."""
         return bool(self._tokenizer.chat_template)
@@ -67,8 +74,8 @@ class ChatText:
         """
         if not self.has_chat_template:
             raise ValueError(
-                "the checkpoint has no chat template: use /v1/completions, or add "
-                "`chat_template.jinja` to its folder"
+                "the checkpoint has no chat template: use /v1/completions, or give the server "
+                "--chat-template, or add `chat_template.jinja` to its folder"
             )
         from jinja2 import TemplateError
 
@@ -105,11 +112,16 @@ class ChatText:
         return piece.replace("\u2581", " ").encode()
 
 
-def load_chat_text(folder: Path) -> ChatText | None:
-    """The tokenizer of a checkpoint folder; None when the folder has none.
+def load_chat_text(folder: Path, template: Path | None = None) -> ChatText | None:
+    """The tokenizer of a folder; None when the folder has none.
+
+    Args:
+        folder: with `tokenizer.json` or `tokenizer.model`.
+        template: a file with a chat template, instead of the folder's own.
 
     Raises:
-        ValueError: it cannot be read, wants code of its own to be run, or is no fast tokenizer.
+        ValueError: it cannot be read, wants code of its own to be run, or is no fast tokenizer; or
+            the template is none.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
@@ -121,7 +133,26 @@ def load_chat_text(folder: Path) -> ChatText | None:
         )
     except (ValueError, OSError, KeyError, ImportError) as err:
         raise ValueError(f"{folder}: the tokenizer cannot be loaded: {err}") from err
+    if template is not None:
+        _set_template(tokenizer, template)
     return ChatText(tokenizer)
+
+
+def _set_template(tokenizer: Any, file: Path) -> None:  # noqa: ANN401 - transformers types it loosely
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    try:
+        tokenizer.chat_template = read_bounded(file).decode()
+    except (OSError, UnicodeDecodeError) as err:
+        raise ValueError(
+            f"{file}: the chat template cannot be read ({err}); check the path"
+        ) from err
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    except TemplateSyntaxError as err:
+        raise ValueError(f"{file}, line {err.lineno}: no chat template in Jinja: {err}") from err
+    except TemplateError:
+        pass  # it refuses this conversation, which clients are told of theirs
 
 
 def _decoder_types(backend: Any) -> set[str]:  # noqa: ANN401

@@ -66,6 +66,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="a Hugging Face folder with safetensors; `random[:SEED]` for measurements",
     )
     add("--model", help="the model of random weights (default: the plan's)")
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="a folder with `tokenizer.json` (default: that of the weights, where it has one)",
+    )
+    add(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="how conversations are written, in Jinja (default: the tokenizer's own)",
+    )
     add("--model-name", help="what clients call it (default: the model's name)")
     add("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
     add("--num-gpus", type=_positive, help="tensor-parallel degree (default: the plan's)")
@@ -157,7 +169,10 @@ def _serve(options: argparse.Namespace) -> None:
         _say(f"anybody who reaches {options.host} may use this server: set {KEY_VARIABLE}")
     setting, text = read_inputs(options, say=_say)
     if text is None:
-        _say("there is no tokenizer: prompts must be token ids, and so are the answers")
+        _say(
+            "there is no tokenizer (see --tokenizer): prompts must be token ids, and so are the "
+            "answers"
+        )
     if setting.num_gpus > 1:
         from .serving_ranks import serve_on_ranks
 
@@ -175,7 +190,6 @@ def read_inputs(
     Raises:
         ValueError: unreadable, not supported, or they do not go together.
     """
-    from .chat_text import load_chat_text
     from .engine_config import LatencyTarget
     from .serving_setup import ServingOptions, prepare
 
@@ -195,8 +209,34 @@ def read_inputs(
         offload_disk_bytes=_bytes(options.kv_offload_disk_gib),
         swap_bytes=_bytes(options.swap_gib),
     )
-    text = None if serving.folder is None else load_chat_text(serving.folder)
-    return prepare(serving, () if text is None else text.end_token_ids, say), text
+    text = _chat_text(options.tokenizer, serving.folder, options.chat_template)
+    setting = prepare(serving, () if text is None else text.end_token_ids, say)
+    if options.tokenizer is not None and text is not None:
+        known = setting.model.vocab_size
+        if text.num_token_ids > known:
+            raise ValueError(
+                f"--tokenizer must fit the model, but it has {text.num_token_ids} token ids and "
+                f"{setting.model.name} {known}: choose the model's own"
+            )
+    return setting, text
+
+
+def _chat_text(
+    tokenizer: Path | None, checkpoint: Path | None, template: Path | None
+) -> ChatText | None:
+    """The tokenizer that was asked for, else that of the checkpoint; None where there is none."""
+    from .chat_text import TOKENIZER_FILES, load_chat_text
+
+    folder = tokenizer or checkpoint
+    text = None if folder is None else load_chat_text(folder, template)
+    if text is None and tokenizer is not None:
+        raise ValueError(
+            f"--tokenizer must be a folder with one of {', '.join(TOKENIZER_FILES)}, but is "
+            f"{tokenizer}"
+        )
+    if text is None and template is not None:
+        raise ValueError("--chat-template needs a tokenizer: give --tokenizer too")
+    return text
 
 
 def serve_http(options: argparse.Namespace, text: ChatText | None, engine: Engine) -> None:

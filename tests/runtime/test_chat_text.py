@@ -50,6 +50,32 @@ def test_a_folder_without_tokenizer_files_has_none(tmp_path):
     assert load_chat_text(tmp_path) is None
 
 
+def test_a_template_of_its_own_file_comes_before_the_folders(tmp_path):
+    save(tmp_path)
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    text = load_chat_text(tmp_path, template)
+    assert text.decode(text.encode_chat([{"role": "user", "content": "hi"}])) == "[hi]"
+    assert text.num_token_ids == len(fast(byte_level()))
+
+
+def test_a_file_that_is_no_template_is_named(tmp_path):
+    save(tmp_path)
+    template = tmp_path / "own.jinja"
+    template.write_text("line\n{% for m in messages %}")
+    with pytest.raises(ValueError, match=r"own\.jinja, line \d: no chat template in Jinja"):
+        load_chat_text(tmp_path, template)
+    template.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_chat_text(tmp_path, template)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_chat_text(tmp_path, tmp_path / "none.jinja")
+    template.write_text("{{ raise_exception('a system message is needed') }}")
+    text = load_chat_text(tmp_path, template)  # clients are told, when they leave it out
+    with pytest.raises(ValueError, match="a system message is needed"):
+        text.encode_chat([{"role": "user", "content": "hi"}])
+
+
 def test_code_in_a_folder_is_never_run(tmp_path):
     save(tmp_path)
     ran = tmp_path / "ran"

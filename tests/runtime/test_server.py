@@ -141,6 +141,39 @@ def test_random_weights_are_served_in_token_ids(checkpoint, tmp_path):
         client.close()
 
 
+def test_random_weights_chat_with_a_tokenizer_and_a_template(checkpoint, tmp_path):
+    plan = _write_plan(tmp_path / "plan.yaml", checkpoint)
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    model = ("--model", checkpoint / "config.json", "--kv-cache-gib", "0.01")
+    text = ("--tokenizer", checkpoint, "--chat-template", template)
+    with _served(plan, "random:1", *model, *text) as (_, name, url):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60, max_retries=0)
+        request = {"model": name, "max_tokens": 4, "temperature": 0}
+        plain = client.completions.create(**request, prompt=PROMPT)
+        messages = [{"role": "user", "content": PROMPT}]
+        chat = client.chat.completions.create(**request, messages=messages)
+        assert plain.choices[0].text
+        assert chat.choices[0].message.content
+        client.close()
+
+
+def test_tokenizers_that_do_not_go_with_the_model_are_refused(checkpoint, tmp_path, capsys):
+    plan = _write_plan(tmp_path / "plan.yaml", checkpoint)
+    flags = ("--plan", plan, "--device", "cpu", "--kv-cache-gib", "0.01")
+    drawn = (*flags, "--weights", "random", "--model", checkpoint / "config.json")
+    code, said = _main(capsys, *drawn, "--tokenizer", tmp_path)
+    assert (code, "--tokenizer must be a folder with one of tokenizer.json" in said) == (2, True)
+    code, said = _main(capsys, *drawn, "--chat-template", tmp_path / "x.jinja")
+    assert (code, "--chat-template needs a tokenizer" in said) == (2, True)
+    large = tmp_path / "large"
+    tokenizer = fast(byte_level())
+    tokenizer.add_tokens([f"<extra {index}>" for index in range(400)])
+    tokenizer.save_pretrained(large)
+    code, said = _main(capsys, *drawn, "--tokenizer", large)
+    assert (code, "--tokenizer must fit the model" in said) == (2, True)
+
+
 def _main(capsys, *flags):
     code = server.main([str(flag) for flag in flags])
     return code, capsys.readouterr().err
