@@ -59,15 +59,20 @@ class GreedySampler:
         self.next_token_ids_R = torch.empty_like(self._local_ids_R)
         self._all_best_WR = torch.empty((ranks, num_rows), dtype=dtype, device=device)
         self._all_ids_WR = torch.empty((ranks, num_rows), dtype=torch.int64, device=device)
+        self._largest: Callable[[Tensor, Tensor, Tensor], None] = _largest
+        if device.type == "cuda":
+            from .kernels import triton_sampling
+
+            self._largest = triton_sampling.largest
         self._best_by_rank = list(self._all_best_WR.unbind(0))
         self._ids_by_rank = list(self._all_ids_WR.unbind(0))
 
     def __call__(self, logits_RV: Tensor) -> None:
         """Launch on the current stream."""
         if self._ranks == 1:
-            torch_ops.sampling(logits_RV, self._best_R, self.next_token_ids_R, 0)
+            self._largest(logits_RV, self._best_R, self.next_token_ids_R)
             return
-        torch_ops.sampling(logits_RV, self._best_R, self._local_ids_R, 0)
+        self._largest(logits_RV, self._best_R, self._local_ids_R)
         self._local_ids_R.add_(self._vocab_start)
         dist.all_gather(self._best_by_rank, self._best_R)
         dist.all_gather(self._ids_by_rank, self._local_ids_R)
@@ -262,6 +267,10 @@ class TokenSampler:
             values_RK, ids_RK = self._ranks.top(logits_RV, count, self._vocab_start)
             self.top_ids_RK.copy_(ids_RK)
             torch.sub(values_RK, log_sum_R[:, None], out=self.top_logprobs_RK)
+
+
+def _largest(logits_RV: Tensor, best_R: Tensor, columns_R: Tensor) -> None:
+    torch_ops.sampling(logits_RV, best_R, columns_R, 0)
 
 
 def _signed(seed: int) -> int:

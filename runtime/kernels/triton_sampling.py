@@ -73,6 +73,31 @@ def _noisy_best(  # noqa: ANN202
 
 
 @triton.jit
+def _largest(  # noqa: ANN202
+    logits_ptr,  # noqa: ANN001
+    best_ptr,  # noqa: ANN001
+    columns_ptr,  # noqa: ANN001
+    stride,  # noqa: ANN001
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    best_column = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, V, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        logits = tl.load(
+            logits_ptr + row * stride + columns, mask=columns < V, other=float("-inf")
+        ).to(tl.float32)
+        is_better = logits > best
+        best = tl.where(is_better, logits, best)
+        best_column = tl.where(is_better, columns, best_column)
+    top = tl.max(best, axis=0)
+    tl.store(best_ptr + row, top.to(best_ptr.dtype.element_ty))
+    tl.store(columns_ptr + row, tl.min(tl.where(best == top, best_column, _NO_TOKEN), axis=0))
+
+
+@triton.jit
 def _kept_mass(  # noqa: ANN202
     logits_ptr,  # noqa: ANN001
     thresholds_ptr,  # noqa: ANN001
@@ -96,6 +121,28 @@ def _kept_mass(  # noqa: ANN202
         powers = tl.exp((logits - largest) * scale)
         total += tl.where(inside & (logits >= threshold), powers, 0.0).to(tl.float64)
     tl.store(out_ptr + row, tl.sum(total, axis=0))
+
+
+def largest(logits_RV: Tensor, best_R: Tensor, columns_R: Tensor) -> None:
+    """The largest logit of each row and its column, of equal ones the first.
+
+    Args:
+        logits_RV: rows of consecutive columns.
+        best_R: takes the logits, in their type.
+        columns_R: int64, takes the columns.
+    """
+    rows, vocab = logits_RV.shape
+    _check(logits_RV, best_R, columns_R)
+    if rows:
+        _largest[(rows,)](
+            logits_RV,
+            best_R,
+            columns_R,
+            logits_RV.stride(0),
+            V=vocab,
+            BLOCK=_BLOCK,
+            num_warps=8,
+        )
 
 
 def noisy_best(

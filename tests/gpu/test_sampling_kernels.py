@@ -54,3 +54,19 @@ def test_mass_and_counts_above_a_threshold(rows, vocab, start, dtype):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
     counts = (logits.float() >= thresholds[:, None]).sum(dim=1).double()
     assert torch.equal(got, counts)
+
+
+@pytest.mark.parametrize(("rows", "vocab", "start"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_first_of_the_largest_logits_is_greedy(rows, vocab, start, dtype):
+    from nanoflow_tune.runtime.kernels import triton_sampling
+
+    logits = _case(rows, vocab, dtype)[0]  # rounded: many are equal
+    logits[-1] = float("-inf")
+    best = torch.empty(rows, dtype=dtype, device=DEVICE)
+    columns = torch.empty(rows, dtype=torch.int64, device=DEVICE)
+    triton_sampling.largest(logits, best, columns)
+    assert torch.equal(best, logits.amax(dim=1))
+    places = torch.arange(vocab, device=DEVICE).expand(rows, vocab)
+    first = places.masked_fill(logits != best[:, None], vocab).amin(dim=1)
+    assert torch.equal(columns, first)
