@@ -38,9 +38,12 @@ def _sentence(book: Book) -> str:
     paying = [sentence(found) for found in others if found.wins_at]
     first = "Also," if main.wins_at else "But"
     if len(paying) > 2:
+        which = f"{len(paying)} of the {len(others)}"
+        if len(paying) == len(others):
+            which = f"all {len(others)}"
         text += (
-            f" {first} overlap pays at some sizes of {len(paying)} of the {len(others)} other "
-            "mixes and KV lengths of the plan book."
+            f" {first} overlap pays at some sizes of {which} other mixes and KV lengths of the "
+            "plan book."
         )
     elif paying:
         text += f" {first} {'; '.join(paying)}."

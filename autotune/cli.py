@@ -16,6 +16,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 DONE, CRASH, BAD_INPUT, NO_PLAN, NOT_VERIFIED, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -83,7 +84,9 @@ def _dry_run(options: argparse.Namespace) -> int:
     if not options.json:
         for name, value in values.items():
             if name != "dry_run" and value not in (None, []):
-                text = "; ".join(value) if isinstance(value, list) else value
+                lines = value if name == "reasons" else [value]
+                text = f"\n{'':<20} ".join(map(str, lines))
+                text = ", ".join(value) if name == "steps" else text
                 print(f"{name.replace('_', ' '):<20} {text}")
     print(json.dumps(values, separators=(",", ":")))
     return DONE
@@ -104,6 +107,7 @@ def _tune_options(options: argparse.Namespace) -> Any:  # noqa: ANN401
         buckets=options.buckets,
         command=" ".join(["nanoflow-tune", *sys.argv[1:]]),
         is_search_only=options.verb == "search",
+        is_resumed=options.resume,
     )
 
 
@@ -163,6 +167,7 @@ def _compare(options: argparse.Namespace) -> int:
         stdout.print(table(values))
         for text in (*difference_lines(values), *values["warnings"], values["verdict"]):
             stdout.print(text, markup=False, highlight=False)
+        stdout.print(f"page: {values['output']}/compare.html", markup=False, highlight=False)
     short = {key: held for key, held in values.items() if key not in ("facts", "schedules")}
     print(json.dumps(short, separators=(",", ":")))
     return DONE
@@ -208,8 +213,8 @@ def _models(options: argparse.Namespace) -> int:
             gpus = "does not fit"
         table.add_row(
             name,
-            f"{model.num_parameters / 1e9:.3g} B",
-            f"{model.weight_bytes / 1e9:.3g} GB",
+            _large(model.num_parameters, "B"),
+            _large(model.weight_bytes, "GB"),
             str(model.num_hidden_layers),
             gpus,
         )
@@ -221,6 +226,13 @@ def _models(options: argparse.Namespace) -> int:
             stdout.print(f"{kind}: {', '.join(kinds[kind])}", highlight=False)
     print(json.dumps(kinds, separators=(",", ":")))
     return DONE
+
+
+def _large(number: float, billion: str) -> str:
+    """Three digits in billions, in millions below one."""
+    if number >= 1e9:
+        return f"{number / 1e9:.3g} {billion}"
+    return f"{number / 1e6:.3g} {'M' + billion[1:]}"
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -283,6 +295,8 @@ def _show(values: dict[str, Any], *, is_json_only: bool) -> None:
         book = (values.get("book") or {}).get("sentence", "")
         for text in filter(None, (values["verdict"], book, values["next_step"])):
             stdout.print(text, markup=False, highlight=False)
+        page = Path(values["plan"]).with_name("report.html")
+        stdout.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
     print(json_line(values), flush=True)
 
 
@@ -359,8 +373,8 @@ def _say_interrupted(options: argparse.Namespace) -> None:
         text = "measured rows are kept; the same command goes on where it stopped"
     elif options.verb in (None, "search"):
         text = (
-            "earlier results are untouched, finished points of the plan book are kept; run the "
-            "same command again"
+            "earlier results are untouched, what was measured and what is finished of the search "
+            "and of the plan book is kept; run the same command again"
         )
     else:
         text = "nothing was changed; run the same command again"

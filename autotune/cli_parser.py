@@ -15,6 +15,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The main job's flags, and the verbs."""
     parser = argparse.ArgumentParser(
         prog="nanoflow-tune",
+        usage="nanoflow-tune --model MODEL [flags]\n       nanoflow-tune VERB ...  "
+        "(--help shows the flags, VERB --help those of a verb)",
         description="Tune intra-device parallelism: profile, search, verify, and write one plan "
         "with a report. Without a verb it does all of it for one model.",
         epilog="exit: 0 done, 1 crash, 2 bad input, 3 no feasible plan, 4 verification failed",
@@ -27,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         "set it beside the paper's figures; takes --workload and --seed",
     )
     _add_job_flags(parser, is_model_required=False)
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", prog=parser.prog)
     search = verbs.add_parser("search", help="the main job without verification and figures")
     _add_job_flags(search)
     profile = verbs.add_parser(
@@ -69,8 +71,13 @@ def _add_job_flags(parser: argparse.ArgumentParser, *, is_model_required: bool =
         help="auto measures on a GPU and takes the shipped profile elsewhere (%(default)s)",
     )
     add("--output-dir", type=Path, help="default: nanoflow-out/<model>-<gpu>-<workload>-tp<N>")
-    add("--effort", choices=("quick", "full"), default="quick", help="(%(default)s)")
-    add("--seed", type=_seed, default=0, help="(%(default)s)")
+    add(
+        "--effort",
+        choices=("quick", "full"),
+        default="quick",
+        help="how many schedules are tried (%(default)s)",
+    )
+    add("--seed", type=_seed, default=0, help="of all random choices (%(default)s)")
     add(
         "--buckets",
         type=_buckets,

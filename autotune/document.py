@@ -60,6 +60,7 @@ def document(report: Report) -> dict[str, Any]:
         "batch": _batch(report),
         "race": [_race_row(report, candidate) for candidate in report.race],
         "certificate": dict(report.certificate),
+        "history": [[number, name, round(us, 1)] for number, name, us in report.history],
         "sensitivity": report.sensitivity.as_dict() if report.sensitivity else None,
         "what_ifs": [what_if.as_dict() for what_if in report.what_ifs],
         "ops": {role: [asdict(row) for row in rows] for role, rows in report.op_tables.items()},
@@ -171,9 +172,10 @@ def verification_rows(plan: Plan) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for place, bucket in enumerate(plan.buckets):
         schedules = dict.fromkeys((bucket.winner.schedule, bucket.best_overlapped.schedule))
-        where = f", {bucket.dense_batch_tokens} tokens" if place else ""
+        mix = f"{bucket.mix.replace('_', ' ')}, {bucket.decode_context_tokens:.0f} keys"
+        where = f", {bucket.dense_batch_tokens} tokens, {mix}" if place else ""
         rows += [
-            {"plan": f"{schedule.name}{where}", **asdict(record)}
+            {"plan": f"{schedule.name.replace('_', ' ')}{where}", **asdict(record)}
             for schedule, record in zip(schedules, bucket.verification, strict=False)
         ]
     return rows

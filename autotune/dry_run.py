@@ -39,6 +39,8 @@ def dry_run(options: TuneOptions, say: Callable[[str], None]) -> dict[str, Any]:
     steps = ["search"]
     if is_measured:
         steps = ["profile what is missing", "search", "measure the finalists"]
+    if options.buckets != ():
+        steps.append("plan book of other batches")
     if not options.is_search_only:
         steps.append(f"verify on {job.num_gpus} {'GPU' if is_measured else 'CPU'} rank(s)")
         steps.append("figures and report")
@@ -52,6 +54,6 @@ def dry_run(options: TuneOptions, say: Callable[[str], None]) -> dict[str, Any]:
         "will_be": "measured" if is_measured else "predicted",
         "steps": steps,
         "output_dir": str(folder),
-        "replaces": replaced or None,
+        "replaces": replaced.removeprefix("replaces ") or None,
         "reasons": list(job.reasons),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from ..runtime.plan_io import dump_plan
 from .cost_model import CostModel
 from .document import document
 from .figures import sm_curves_png, timeline_png
+from .history_figure import history_png
 from .html import render
 from .op_table import curves, roof_points
 from .output_folder import DOCUMENT
@@ -20,7 +21,7 @@ from .pair_figure import pairs_png
 from .report import Report
 from .roofline_figure import roofline_png
 from .simulator import simulate
-from .trace import Track, trace_json, track
+from .trace import PlayedOp, Track, trace_json, track
 
 _WINDOW_LAYERS = 2
 _WARM_LAYERS = 4
@@ -37,6 +38,8 @@ class Pictures:
     """None where every time is the datasheet's."""
     pairs_png: bytes | None
     """None where no pair was measured."""
+    history_png: bytes | None
+    """None where nothing was tried."""
     trace_json: str
 
     def images(self) -> dict[str, bytes]:
@@ -46,6 +49,7 @@ class Pictures:
             "sm_curves": self.sm_curves_png,
             "roofline": self.roofline_png,
             "pairs": self.pairs_png,
+            "history": self.history_png,
         }
         return {name: png for name, png in drawn.items() if png is not None}
 
@@ -79,10 +83,47 @@ def play(bucket: Bucket, graph: OpGraph, cost_model: CostModel, mix: RowMix) -> 
     return tracks
 
 
+def play_measured(
+    bucket: Bucket, graph: OpGraph, timelines: Mapping[str, Sequence[PlayedOp]]
+) -> dict[str, Track]:
+    """The shown schedules as they ran on the GPU.
+
+    Args:
+        bucket: whose schedules these are.
+        graph: of one rank.
+        timelines: by role, when each nano-op ran in each layer.
+    """
+    tracks: dict[str, Track] = {}
+    for role, candidate in shown(bucket).items():
+        if role in timelines and candidate.measured is not None:
+            name = candidate.schedule.name.replace("_", " ")
+            tracks[role] = track(
+                candidate.schedule,
+                graph,
+                timelines[role],
+                title=name if name == role else f"{name} ({role})",
+                source="measured",
+                period_us=candidate.measured.period_us,
+            )
+    return tracks
+
+
 def draw(
-    report: Report, graph: OpGraph, cost_model: CostModel, tracks: Mapping[str, Track]
+    report: Report,
+    graph: OpGraph,
+    cost_model: CostModel,
+    tracks: Mapping[str, Track],
+    measured: Mapping[str, Track],
 ) -> Pictures:
-    """The figures and the trace of a report."""
+    """The figures and the trace of a report.
+
+    Args:
+        report: of the job.
+        graph: of one rank.
+        cost_model: for the curves.
+        tracks: the shown schedules as planned.
+        measured: those of them that ran on the GPU.
+    """
     plan, bucket = report.plan, report.bucket
     job = f"{plan.model} on {plan.num_gpus} x {report.hardware.device_name}"
     batch = (
@@ -90,13 +131,24 @@ def draw(
         f"decodes at {bucket.decode_context_tokens:.0f} keys; times from {report.profile}"
     )
     first = min(_WARM_LAYERS, max(0, graph.num_layers - _WINDOW_LAYERS - 1))
-    windows = [played.window(first, _WINDOW_LAYERS) for played in tracks.values()]
+    both = [
+        played
+        for role in tracks
+        for played in (tracks[role], measured.get(role))
+        if played is not None
+    ]
+    first_two = [
+        played.window(first, _WINDOW_LAYERS)
+        for role in list(tracks)[:2]
+        for played in (tracks[role], measured.get(role))
+        if played is not None
+    ]
     schedules = {role: candidate.schedule for role, candidate in shown(bucket).items()}
     drawn = curves(graph, cost_model, report.batch.mix, schedules)
     is_guessed = any(curve.is_roofline for curve in drawn)
     return Pictures(
         timeline_png=timeline_png(
-            windows[:2], title=job, subtitle=batch, num_sms=report.hardware.num_sms
+            first_two, title=job, subtitle=batch, num_sms=report.hardware.num_sms
         ),
         sm_curves_png=sm_curves_png(
             drawn,
@@ -110,6 +162,7 @@ def draw(
             report.hardware,
             plan.dtype,
             sustained_flops_per_s=report.gemm_peak.flops_per_s,
+            sustained=report.gemm_peak.source.partition(" (")[0],
             title=f"{job}: roofline",
             subtitle="the winner's ops as they run in the plan; percent: of what peak and "
             "bandwidth of the whole GPU allow at that intensity",
@@ -120,8 +173,27 @@ def draw(
             subtitle="time beside the other / time alone on the same SMs, first | second; 1.00: no "
             "slowdown; median where several kernels were measured",
         ),
-        trace_json=trace_json(list(tracks.values())),
+        history_png=history_png(
+            report.history,
+            winner=bucket.winner.schedule.name,
+            levels=_levels(report),
+            title=f"{job}: search history",
+            subtitle="period of every schedule tried for the workload's own batch, in order; line: "
+            f"best so far; {'predicted, then measured' if report.is_measured else 'predicted'}",
+        ),
+        trace_json=trace_json(both),
     )
+
+
+def _levels(report: Report) -> dict[str, float]:
+    """What to hold the history against, in us."""
+    space = report.certificate.get("space", {})
+    levels = {
+        "best sequential": report.bucket.sequential.best_known.period_us,
+        "power limit (estimate)": report.bucket.power_limit_us,
+        "bound of the space": float(space.get("bound_us", 0.0)),
+    }
+    return {name: us for name, us in levels.items() if us > 0}
 
 
 def write(report: Report, pictures: Pictures | None, folder: Path) -> None:

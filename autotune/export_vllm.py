@@ -97,7 +97,7 @@ def _batch_arguments(plan: Plan, bucket: Bucket) -> tuple[dict[str, Any], dict[s
     }
     reasons = {
         "--max-num-batched-tokens": "the plan's dense batch",
-        "--max-num-seqs": f"{bucket.decode_tokens} decodes and {prompts} prompts in prefill",
+        "--max-num-seqs": f"{bucket.decode_tokens} decodes and {prompts} prompt(s) in prefill",
         "--enable-chunked-prefill": "the plan fills the batch with chunks of prompts",
         "-cc.cudagraph_capture_sizes": "nano-batch and bucket sizes; below the smallest of them "
         "powers of two, because a given list replaces vLLM's own and small batches are padded up",
@@ -106,7 +106,10 @@ def _batch_arguments(plan: Plan, bucket: Bucket) -> tuple[dict[str, Any], dict[s
 
 
 def capture_sizes(plan: Plan) -> list[int]:
-    """Rows of every bucket and nano-batch and of its decodes, and powers of two below them."""
+    """Rows of every bucket and nano-batch and of its decodes, and powers of two below them.
+
+    None above the main bucket's rows: vLLM is told to batch no more.
+    """
     sizes: set[int] = set()
     for bucket in plan.buckets:
         sizes |= {bucket.dense_batch_tokens, bucket.decode_tokens}
@@ -115,7 +118,7 @@ def capture_sizes(plan: Plan) -> list[int]:
     # Sequence parallelism divides the rows among the ranks.
     unit = plan.num_gpus if plan.num_gpus > 1 else 1
     known = {size for size in sizes if size > 0 and size % unit == 0}
-    largest = max(bucket.dense_batch_tokens for bucket in plan.buckets)
+    largest = plan.buckets[0].dense_batch_tokens  # --max-num-batched-tokens
     known = {size for size in known if size <= largest}
     smallest = min(known, default=largest)
     powers = {2**power for power in range(smallest.bit_length()) if 2**power < smallest}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..profiler.profile import Profile
-from ..profiler.rank_jobs import IterationCase
+from ..profiler.rank_jobs import IterationCase, OpTime
 from ..profiler.visible_gpus import visible_gpus
 from ..runtime.plan import Plan, Schedule, Timing
 from ..search_spaces.schema import HardwareSpec, ModelSpec
@@ -46,6 +46,10 @@ class GpuStage(Protocol):
         self, schedules: Sequence[Schedule], *, rounds: int = ..., turn_s: float = ...
     ) -> Sequence[Timing]:
         """Time whole iterations, interleaved, in one sustained run."""
+        ...
+
+    def timelines(self, schedules: Sequence[Schedule]) -> Sequence[Sequence[OpTime]]:
+        """When each nano-op of each schedule ran, over one iteration."""
         ...
 
     def verify(self, plan: Plan, model: ModelSpec, seed: int) -> Plan:

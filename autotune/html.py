@@ -14,7 +14,7 @@ from typing import Any
 from .book_page import book_section
 from .document import lanes
 from .page_template import PAGE
-from .report_sections import energy_section, steps_section
+from .report_sections import audit_section, energy_section, error_section, steps_section
 
 Cell = str | int | float | None
 
@@ -36,10 +36,13 @@ def render(values: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         _sensitivity(values.get("sensitivity")),
         book_section(values.get("book"), _table),
         _ops(values),
+        error_section(values, _table),
         _figure("Throughput against SM share", images.get("sm_curves"), _CURVES_CAPTION),
         _figure("Roofline", images.get("roofline"), _ROOFLINE_CAPTION),
         _figure("Two kernels side by side", images.get("pairs"), _PAIRS_CAPTION),
         energy_section(values, _table),
+        _figure("Search history", images.get("history"), _HISTORY_CAPTION),
+        audit_section(values, _table),
         _verification(values),
         _provenance(values),
     ]
@@ -59,6 +62,10 @@ _CURVES_CAPTION = (
 _ROOFLINE_CAPTION = (
     "What compute peak and memory bandwidth allow, and what each op reaches. Collectives have no "
     "place on it."
+)
+_HISTORY_CAPTION = (
+    "What lies between the best plan and the bound of the space is either not found or not "
+    "possible: no plan of the declared space is predicted to take less than the bound."
 )
 _PAIRS_CAPTION = (
     "All measured pairs of the profile. What one of the two loses here is what overlap cannot give "
@@ -100,7 +107,7 @@ def _numbers(values: Mapping[str, Any]) -> str:
         (f"{values['speedup']:.3f}x", "the best sequential plan"),
         (f"{values['tokens_per_s_per_gpu']:,.0f}", "tokens/s per GPU"),
         (f"{_millijoules(values)} mJ", "per token, all GPUs"),
-        (f"{values['percent_of_optimal']:.1f} %", "of 2P at the measured GEMM peak"),
+        (f"{values['percent_of_optimal']:.1f} %", f"of 2P at the {_peak_name(values)}"),
         (_ms(values["lower_bound_us"]), "lower bound at hardware peaks"),
     ]
     if values["watts"] is not None:
@@ -109,6 +116,10 @@ def _numbers(values: Mapping[str, Any]) -> str:
         f"<div><b>{escape(value)}</b><span>{escape(what)}</span></div>" for value, what in numbers
     )
     return f'<section class="numbers">{"".join(cells)}</section>'
+
+
+def _peak_name(values: Mapping[str, Any]) -> str:
+    return values["optimal_reference"]["source"].partition(" (")[0]
 
 
 def _figure(heading: str, png: bytes | None, caption: str) -> str:
@@ -156,6 +167,10 @@ def _bounds(values: Mapping[str, Any]) -> str:
     if values["power_limit_us"]:
         error = f"within {100 * values['power_limit_error']:.0f} %"
         bounds.append((f"power limit: joules at the cap, {error}", values["power_limit_us"]))
+    space = values["certificate"].get("space")
+    if space:
+        name = "bound of the declared space: no plan in it is predicted to take less"
+        bounds.append((name, space["bound_us"]))
     rows = [(name, f"{us / 1e3:.3f}", f"{100 * us / period_us:.1f} %") for name, us in bounds]
     text = f"{values['bound'].capitalize()} binds. {_certificate(values['certificate'])}"
     reference = values["optimal_reference"]
@@ -217,49 +232,39 @@ def _ops(values: Mapping[str, Any]) -> str:
 
 
 def _op_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    heads = (
-        "nano-op",
-        "rows",
-        "lane",
-        "SMs",
-        "kernel",
-        "alone us",
-        "in plan us",
-        "reaches",
-        "source",
-    )
-    cells = [
-        (
-            row["name"],
-            f"{row['tokens'][0]}-{row['tokens'][1]}",
-            row["lane"],
-            row["num_sms"],
-            row["variant"],
-            f"{row['alone_us']:.1f}",
-            f"{row['beside_us']:.1f}",
-            f"{row['throughput']:.3g} {row['unit']}" if row["beside_us"] else "no rows",
-            row["source"],
+    """Columns of what was measured in the plan only where something was."""
+    heads = ["nano-op", "rows", "lane", "SMs", "kernel", "alone us", "in plan us"]
+    is_measured = any(row.get("measured_us") for row in rows)
+    heads += ["measured us", "error"] if is_measured else []
+    cells: list[list[Cell]] = []
+    for row in rows:
+        measured_us = row.get("measured_us", 0.0)
+        error = f"{100 * (row['beside_us'] / measured_us - 1):+.1f} %" if measured_us else "-"
+        cells.append(
+            [
+                row["name"],
+                f"{row['tokens'][0]}-{row['tokens'][1]}",
+                row["lane"],
+                row["num_sms"],
+                row["variant"],
+                f"{row['alone_us']:.1f}",
+                f"{row['beside_us']:.1f}",
+                *([f"{measured_us:.1f}", error] if is_measured else []),
+                f"{row['throughput']:.3g} {row['unit']}" if row["beside_us"] else "no rows",
+                row["source"],
+            ]
         )
-        for row in rows
-    ]
-    return _table(heads, cells)
+    return _table([*heads, "reaches", "source"], cells)
 
 
 def _verification(values: Mapping[str, Any]) -> str:
     if not values["verification"]:
         return "<h2>Verification</h2><p>Not run.</p>"
-    heads = (
-        "plan", "model", "device", "layers", "ranks", "dtype",
-        "error", "against reference", "allowed", "orders",
-    )  # fmt: skip
+    heads = ("plan", "layers", "error", "against reference", "allowed", "orders", "")
     rows = [
         (
-            record["plan"],
-            record["model"],
-            record["device"],
+            record["plan"].replace("_", " "),
             record["num_layers"],
-            record["num_ranks"],
-            record["dtype"],
             f"{record['max_relative_error']:.1e}",
             f"{record['max_reference_error']:.1e}",
             f"{record['tolerance']:.0e}",
@@ -268,13 +273,17 @@ def _verification(values: Mapping[str, Any]) -> str:
         )
         for record in values["verification"]
     ]
+    runs = {
+        f"{record['model']}, {record['dtype']}, on {record['num_ranks']} {record['device']} rank(s)"
+        for record in values["verification"]
+    }
     note = (
-        "The planned run against the unsplit sequential run, same weights and cache: "
-        "||a - b|| / ||b|| of every layer's output, in plan order and random legal orders. "
-        "Against reference: the sequential run and a plain one in higher precision. An error of 0 "
-        "means equal bits: the GEMM variants add along K in the same order."
+        f"Run as {'; '.join(sorted(runs))}. The planned run against the unsplit sequential run, "
+        "same weights and cache: ||a - b|| / ||b|| of every layer's output, in plan order and "
+        "random legal orders. Against reference: the sequential run and a plain one in higher "
+        "precision. An error of 0 means equal bits: GEMM variants add along K in the same order."
     )
-    return f'<h2>Verification</h2>{_table((*heads, ""), rows)}<p class="muted">{escape(note)}</p>'
+    return f'<h2>Verification</h2>{_table(heads, rows)}<p class="muted">{escape(note)}</p>'
 
 
 def _provenance(values: Mapping[str, Any]) -> str:

@@ -61,6 +61,8 @@ class TuneOptions:
     """What was called, for the header of new profiles."""
     is_search_only: bool = False
     """Leave out verification and pictures."""
+    is_resumed: bool = False
+    """There must be an interrupted run to go on with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..profiler import rank_jobs
 from ..profiler.profile import Profile
-from ..profiler.rank_jobs import IterationCase, ProfileJob, ProfileRun
+from ..profiler.rank_jobs import IterationCase, OpTime, ProfileJob, ProfileRun
 from ..profiler.store import load_profile, shipped_files
 from ..runtime.launch import RankGroup
 from ..runtime.plan import Plan, Schedule, Timing
@@ -100,6 +100,13 @@ class MeasuringStage:
             rank_jobs.measure_schedules, self._case, tuple(schedules), rounds, turn_s
         )
         return [_over_ranks(timings) for timings in zip(*by_rank, strict=True)]
+
+    def timelines(self, schedules: Sequence[Schedule], *, runs: int = 9) -> list[list[OpTime]]:
+        """When each nano-op of each schedule ran on rank 0, medians over eager runs."""
+        by_rank = self._running().call(
+            rank_jobs.measure_timelines, self._case, tuple(schedules), runs
+        )
+        return by_rank[0]
 
     def verify(self, plan: Plan, model: ModelSpec, seed: int) -> Plan:
         """The plan with a record of each schedule, run at real widths on its partitions."""

@@ -5,6 +5,7 @@ From schedules and a cost model to rows of a table and curves of a figure.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ class OpRow:
     """Of device memory."""
     joules: float = 0.0
     """Alone on its SMs, one GPU; 0 without an energy model."""
+    measured_us: float = 0.0
+    """In the plan as it ran on the GPU, mean over the layers; 0 where it was not measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +68,7 @@ def gemm_peak(profile: Profile | None, hardware: HardwareSpec, dtype: str) -> Ge
     if "sustained_gemm_flops_per_s" in header:
         return GemmPeak(
             flops_per_s=float(header["sustained_gemm_flops_per_s"]),
-            source=f"measured sustained GEMM ({header.get('sustained_gemm', '')})",
+            source=f"measured sustained GEMM ({_readable(header.get('sustained_gemm', ''))})",
         )
     best, best_name = 0.0, ""
     for row in profile.usable_rows if profile else ():
@@ -82,6 +85,13 @@ def gemm_peak(profile: Profile | None, hardware: HardwareSpec, dtype: str) -> Ge
     return GemmPeak(flops_per_s=hardware.peak(dtype), source="datasheet peak")
 
 
+def _readable(case: str) -> str:
+    """The profile's words, with `7.4e+14` as 740 TFLOP/s."""
+    return re.sub(
+        r"\d\.\d+e\+1\d", lambda found: f"{float(found[0]) / 1e12:.0f} TFLOP/s", str(case)
+    )
+
+
 def throughput(op: Op, mix: RowMix, us: float) -> tuple[float, str]:
     """What the op moves or computes per second in its own unit."""
     if us <= 0:
@@ -94,7 +104,12 @@ def throughput(op: Op, mix: RowMix, us: float) -> tuple[float, str]:
 
 
 def op_rows(
-    schedule: Schedule, graph: OpGraph, cost_model: CostModel, mix: RowMix, bars: Iterable[Bar]
+    schedule: Schedule,
+    graph: OpGraph,
+    cost_model: CostModel,
+    mix: RowMix,
+    bars: Iterable[Bar],
+    measured: Iterable[Bar] = (),
 ) -> tuple[OpRow, ...]:
     """One row for each nano-op, in issue order.
 
@@ -104,17 +119,15 @@ def op_rows(
         cost_model: prices each nano-op alone.
         mix: the whole dense batch, for the mean contexts.
         bars: the schedule played out over some layers.
+        measured: the same as it ran on the GPU, where it did.
     """
-    durations: dict[str, list[float]] = defaultdict(list)
-    for bar in bars:
-        durations[bar.name].append(bar.duration_us)
+    durations, measured_us = _mean_us(bars), _mean_us(measured)
     rows: list[OpRow] = []
     ops = ops_as_run(schedule, graph)
     for name, nano_op, op in zip(schedule.ids, schedule.nano_ops, ops, strict=True):
         part = _part(schedule, nano_op.tokens, mix)
         alone = cost_model.estimate(op, part, nano_op.num_sms, nano_op.variant)
-        played = durations.get(name)
-        beside_us = sum(played) / len(played) if played else alone.us
+        beside_us = durations.get(name, alone.us)
         reached, unit = throughput(op, part, beside_us)
         rows.append(
             OpRow(
@@ -134,9 +147,18 @@ def op_rows(
                 flops=op.flops(part),
                 memory_bytes=op.memory_bytes(part),
                 joules=alone.joules,
+                measured_us=measured_us.get(name, 0.0),
             )
         )
     return tuple(rows)
+
+
+def _mean_us(bars: Iterable[Bar]) -> dict[str, float]:
+    """Mean duration of each nano-op over its layers."""
+    durations: dict[str, list[float]] = defaultdict(list)
+    for bar in bars:
+        durations[bar.name].append(bar.duration_us)
+    return {name: sum(played) / len(played) for name, played in durations.items()}
 
 
 def roof_points(rows: Iterable[OpRow]) -> tuple[RoofPoint, ...]:

@@ -27,6 +27,7 @@ FILES = (
     "sm_curves.png",
     "roofline.png",
     "pairs.png",
+    "history.png",
     "trace.json",
     "search.db",
     "report.html",

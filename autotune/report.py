@@ -39,6 +39,8 @@ class Report:
     race: tuple[Candidate, ...]
     certificate: Mapping[str, Any]
     """What the solver proved, with its gap and time."""
+    history: tuple[tuple[int, str, float], ...] = ()
+    """(number, schedule name, period in us) of everything tried, in order."""
     op_tables: Mapping[str, tuple[OpRow, ...]]
     """Nano-ops of each shown schedule, by its role: winner, best overlapped, sequential."""
     gemm_peak: GemmPeak
@@ -121,10 +123,10 @@ def verdict(report: Report) -> str:
 def _how_it_is_known(report: Report) -> str:
     if report.is_measured:
         return "measured"
-    source = report.profile
-    if report.unmeasured_ops and not source.endswith("(roofline)"):
+    source, is_datasheet = report.profile, "(roofline)" in report.profile
+    if report.unmeasured_ops and not is_datasheet:
         source += f" and, for {', '.join(report.unmeasured_ops)}, the datasheet"
-    return f"predicted from {source}, not measured"
+    return f"predicted from {source}" + (", not measured" if not is_datasheet else "")
 
 
 def _power_doubt(report: Report, expect: str) -> str:

@@ -1,4 +1,4 @@
-"""Two sections of `report.html` from the document: energy by op, and what each step brings."""
+"""Sections of `report.html` from the document: energy, what each step brings, errors, audit."""
 
 from __future__ import annotations
 
@@ -77,3 +77,73 @@ def steps_section(values: Mapping[str, Any], table: Table) -> str:
     ]
     heads = ("step", "plan", "ms", "tokens/s", "source")
     return f"<h2>What each step brings</h2>{table(heads, rows)}"
+
+
+def error_section(values: Mapping[str, Any], table: Table) -> str:
+    """Predicted against measured, by op, of each shown plan; empty where nothing was measured."""
+    parts: list[str] = []
+    for role, rows in values["ops"].items():
+        held = error_by_op(rows)
+        if held:
+            cells = [
+                (
+                    op.replace("_", " "),
+                    f"{predicted_us:.1f}",
+                    f"{measured_us:.1f}",
+                    f"{100 * (predicted_us / measured_us - 1):+.1f} %",
+                )
+                for op, predicted_us, measured_us in held
+            ]
+            heads = ("op", "predicted us", "measured us", "error")
+            parts.append(f"<h3>{escape(role)}</h3>{table(heads, cells)}")
+    if not parts:
+        return ""
+    note = (
+        "Of one layer, all nano-ops of an op together, each beside its neighbours. Measured: CUDA "
+        "events around every nano-op of eager runs on a hot card, medians over the runs, means "
+        "over the layers. Events and launches add a microsecond or two to each nano-op."
+    )
+    return f'<h2>Prediction error by op</h2>{"".join(parts)}<p class="muted">{escape(note)}</p>'
+
+
+def error_by_op(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, float, float]]:
+    """(op, predicted us, measured us) of a layer, in the order of the layer, then all together."""
+    found: dict[str, tuple[float, float]] = {}
+    for row in rows:
+        measured_us = row.get("measured_us", 0.0)
+        if measured_us:
+            before = found.get(row["op"], (0.0, 0.0))
+            found[row["op"]] = before[0] + row["beside_us"], before[1] + measured_us
+    if not found:
+        return []
+    ops = [(op, predicted_us, measured_us) for op, (predicted_us, measured_us) in found.items()]
+    total = "all, one after the other", sum(row[1] for row in ops), sum(row[2] for row in ops)
+    return [*ops, total]
+
+
+def audit_section(values: Mapping[str, Any], table: Table) -> str:
+    """Partitions, clocks, watts and spread behind the times; predicted clocks are said as such."""
+    rows = [
+        (
+            row["name"].replace("_", " "),
+            f"{row['watts']:.0f}",
+            f"{row['sm_clock_mhz']}",
+            f"{row['p10_us'] / 1e3:.3f} to {row['p90_us'] / 1e3:.3f}"
+            if row["source"] == "measured"
+            else "-",
+            row["source"],
+        )
+        for row in values["race"]
+        if row["watts"]
+    ]
+    if not rows:
+        return ""
+    provenance = values["provenance"]
+    facts = [
+        f"SM partitions of the profile, read back from the SMs that ran: {provenance[key]}."
+        for key in ("profile: audit",)
+        if provenance.get(key)
+    ]
+    heads = ("plan", "W a GPU", "SM MHz", "ms, p10 to p90", "source")
+    words = "".join(f'<p class="muted">{escape(fact)}</p>' for fact in facts)
+    return f"<h2>Audit: partitions, clocks, watts</h2>{table(heads, rows)}{words}"

@@ -13,10 +13,25 @@ TARGETS = ("sglang", "vllm", "schema")
 DEFAULT_TPOT_MS = 50.0
 LISTS = {"models": "models", "gpus": "hardware", "workloads": "workloads"}
 """Folder of search_spaces/ behind each --list flag."""
-_JOB_EXAMPLES = """examples:
-  nanoflow-tune --model llama3-8b
-  nanoflow-tune --model ./my-model/config.json --num-gpus 2 --workload 1024/256
-  nanoflow-tune --model llama2-70b --dry-run"""
+_EXAMPLES = {
+    "": (
+        "--model llama3-8b",
+        "--model ./my-model/config.json --num-gpus 2 --workload 1024/256",
+        "--model llama2-70b --dry-run",
+    ),
+    "search": (
+        "--model llama3-8b --effort full",
+        "--model llama3-8b --gpu h100 --profile roofline --buckets main",
+    ),
+    "profile": (
+        "--model llama3-8b --minutes 5",
+        "--models llama3-8b,llama2-70b@2 --minutes 20",
+        "--model llama3-8b --calibrate",
+    ),
+    "verify": ("plan.yaml", "plan.yaml --model ./my-model"),
+    "models": ("", "--gpu h100"),
+}
+"""What to write behind each verb, "" the main job; the other verbs bring their own."""
 SCHEDULES = ("winner", "sequential", "best_overlapped")
 
 
@@ -41,8 +56,18 @@ def add_tool_parsers(parser: argparse.ArgumentParser, verbs: Any) -> None:  # no
             action="store_true",
             help="check the input, say what would be done and where, and exit",
         )
-        job.formatter_class = argparse.RawDescriptionHelpFormatter
-        job.epilog = "\n\n".join(filter(None, [_JOB_EXAMPLES, job.epilog]))
+        job.add_argument(
+            "--resume",
+            action="store_true",
+            help="go on with an interrupted run, and refuse where there is none (without the flag "
+            "the same command goes on with what it finds)",
+        )
+    for verb, arguments in _EXAMPLES.items():
+        described = verbs.choices[verb] if verb else parser
+        lines = (f"  {' '.join(filter(None, (parser.prog, verb, text)))}" for text in arguments)
+        examples = "\n".join(("examples:", *lines))
+        described.formatter_class = argparse.RawDescriptionHelpFormatter
+        described.epilog = "\n\n".join(filter(None, [examples, described.epilog]))
     _add_report(verbs)
     _add_export(verbs)
     _add_check_env(verbs)

@@ -42,7 +42,7 @@ class PlayedOp(Protocol):
 
     @property
     def slowdown(self) -> float:
-        """Time beside its neighbours / time alone on the same SMs."""
+        """Time beside its neighbours / time alone on the same SMs; 0 where it is not known."""
         ...
 
 
@@ -188,7 +188,7 @@ def _complete_event(pid: int, played: Track, bar: Bar) -> dict[str, Any]:
             "tokens": f"[{bar.tokens[0]}, {bar.tokens[1]})",
             "num_sms": bar.num_sms,
             "variant": bar.variant,
-            "slowdown": round(bar.slowdown, 4),
+            **({"slowdown": round(bar.slowdown, 4)} if bar.slowdown else {}),
         },
     }
 

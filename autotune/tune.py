@@ -28,7 +28,7 @@ from .book_grid import FULL, QUICK, Traffic
 from .book_store import FILE as POINTS
 from .book_store import BookStore, kept_points
 from .cost_model import CostModel
-from .emit import draw, play, shown, write
+from .emit import draw, play, play_measured, shown, write
 from .gpu_stage import GpuStage
 from .job import (
     Job,
@@ -45,6 +45,7 @@ from .point_search import PointSearch
 from .provenance import commit, created_by, provenance
 from .report import Report
 from .resize import row_order_of, shortened
+from .resume import KeptRun, Measure, check_resumable, kept_run
 from .search import SearchResult, pick_winner, search
 from .sensitivity import sensitivity
 from .trace import Track
@@ -100,24 +101,32 @@ def _run_in(
         chosen.profile, job.hardware, job.model.torch_dtype, lacking=chosen.lacking
     )
     key = point_key(options, job, chosen)
-    with kept_points(folder / POINTS, key) as points, staging(folder) as aside:
-        result = _search(options, job, cost_model, aside, console)
+    if options.is_resumed:
+        points_kept = len(BookStore(folder / POINTS, key).points)
+        check_resumable(folder, points=points_kept, kept=KeptRun(folder, key))
+    with (
+        kept_run(folder, key) as kept,
+        kept_points(folder / POINTS, key) as points,
+        staging(folder) as aside,
+    ):
+        result = _searched(options, job, cost_model, aside, kept, console)
         plan = _plan(job, chosen.profile, result)
         book = _book(options, job, cost_model, plan, points, console)
         if book is not None:
             plan = replace(plan, buckets=book.buckets, break_even=book.break_even)
+        measured = _measured(job, plan.buckets[0], console)
         if not options.is_search_only:
             what = "winner and best overlapped" + (", and a sample of the book" if book else "")
             say(console, "verify", f"{what}, on {job.num_gpus} rank(s)")
             with console.status("verifying"):
                 plan = verify(plan, job.model, job.hardware, options.seed, job.stage)
         tracks = play(plan.buckets[0], job.graph, cost_model, job.batch.mix)
-        report = _report(options, job, chosen, cost_model, result, plan, tracks)
+        report = _report(options, job, chosen, cost_model, result, plan, tracks, measured)
         report = replace(report, book=book and replace(book, buckets=plan.buckets))
         pictures = None
         if not options.is_search_only:
             say(console, "report", "figures, trace, page")
-            pictures = draw(report, job.graph, cost_model, tracks)
+            pictures = draw(report, job.graph, cost_model, tracks, measured)
         report = replace(
             report, plan_path=str(folder / "plan.yaml"), elapsed_s=time.monotonic() - started
         )
@@ -141,8 +150,36 @@ def _identity(job: Job) -> dict[str, object]:
     }
 
 
+def _searched(
+    options: TuneOptions,
+    job: Job,
+    cost_model: CostModel,
+    aside: Path,
+    kept: KeptRun,
+    console: Console,
+) -> SearchResult:
+    """The search of this run, or of an interrupted one."""
+    study = aside / "search.db"
+    if kept.result is not None:
+        say(console, "search", "the finished search of an interrupted run is taken over")
+        kept.take_study(study)
+        return kept.result
+    if kept.num_measured:
+        taken = f"{kept.num_measured} measured schedules of an interrupted run are taken over"
+        say(console, "search", taken)
+    measure = kept.measuring(job.stage.measure) if job.stage else None
+    result = _search(options, job, cost_model, study, measure, console)
+    kept.keep_search(result, study)
+    return result
+
+
 def _search(
-    options: TuneOptions, job: Job, cost_model: CostModel, aside: Path, console: Console
+    options: TuneOptions,
+    job: Job,
+    cost_model: CostModel,
+    study: Path,
+    measure: Measure | None,
+    console: Console,
 ) -> SearchResult:
     least = 2 * job.space.token_granularity
     if job.batch.tokens < least:
@@ -159,9 +196,9 @@ def _search(
                 job.space,
                 job.batch.mix,
                 seed=options.seed,
-                storage=f"sqlite:///{aside / 'search.db'}",
+                storage=f"sqlite:///{study}",
                 on_progress=lambda text: say(console, "search", text),
-                measure=job.stage.measure if job.stage else None,
+                measure=measure,
             )
     except IllegalScheduleError as err:
         raise NoFeasiblePlanError(
@@ -194,7 +231,7 @@ def _settled(result: SearchResult, stage: GpuStage) -> SearchResult:
 def point_key(options: TuneOptions, job: Job, chosen: ProfileChoice) -> str:
     """Names everything that the points of a book are made from."""
     inputs = input_hashes(job, chosen.profile), chosen.kernels
-    made = (inputs, job.num_gpus, options.seed, options.effort, created_by())
+    made = (inputs, job.num_gpus, options.seed, options.effort, job.stage is None, created_by())
     return hashlib.sha256(repr(made).encode()).hexdigest()[:16]
 
 
@@ -258,6 +295,17 @@ def _plan(job: Job, profile: Profile | None, result: SearchResult) -> Plan:
     )
 
 
+def _measured(job: Job, bucket: Bucket, console: Console) -> dict[str, Track]:
+    """The shown schedules as they run on the GPU; none without one."""
+    if job.stage is None:
+        return {}
+    roles = shown(bucket)
+    with console.status("timeline"):
+        schedules = [candidate.schedule for candidate in roles.values()]
+        timelines = job.stage.timelines(schedules)
+    return play_measured(bucket, job.graph, dict(zip(roles, timelines, strict=True)))
+
+
 def _rounded(candidate: Candidate) -> Candidate:
     """Figures with as many digits as people read: 0.1 us, 1 mJ, 0.1 W."""
     measured = None if candidate.measured is None else shortened(candidate.measured)
@@ -272,6 +320,7 @@ def _report(
     result: SearchResult,
     plan: Plan,
     tracks: Mapping[str, Track],
+    measured: Mapping[str, Track],
 ) -> Report:
     candidates, mix = shown(plan.buckets[0]), job.batch.mix
     settings = {"effort": options.effort, "seed": options.seed, "kernels": chosen.kernels}
@@ -288,8 +337,16 @@ def _report(
         batch=job.batch,
         race=best_of_each_kind(result),
         certificate=certificate_of(result),
+        history=result.history,
         op_tables={
-            role: op_rows(candidates[role].schedule, job.graph, cost_model, mix, played.bars)
+            role: op_rows(
+                candidates[role].schedule,
+                job.graph,
+                cost_model,
+                mix,
+                played.bars,
+                measured[role].bars if role in measured else (),
+            )
             for role, played in tracks.items()
         },
         gemm_peak=gemm_peak(chosen.profile, job.hardware, job.model.torch_dtype),

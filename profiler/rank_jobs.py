@@ -24,6 +24,20 @@ if TYPE_CHECKING:
     from ..runtime.launch import RankContext
     from ..runtime.plan import Schedule, Timing
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpTime:
+    """When one instance of a nano-op ran, measured."""
+
+    index: int
+    """Position of the nano-op in `Schedule.nano_ops`."""
+    layer: int
+    start_us: float
+    """From the start of the iteration's first nano-op."""
+    end_us: float
+    slowdown: float = 0.0
+    """Against the nano-op alone, which a timeline does not tell: 0."""
+
+
 KV_POOL_BYTES = 24e9
 """Pages that attention points draw from: more than the largest point needs, far beyond L2."""
 
@@ -148,6 +162,15 @@ def measure_schedules(
     from . import iteration
 
     return iteration.measure_schedules(ctx, case, schedules, rounds, turn_s)
+
+
+def measure_timelines(
+    ctx: RankContext, case: IterationCase, schedules: Sequence[Schedule], runs: int
+) -> list[list[OpTime]]:
+    """When each nano-op of each schedule runs; see `op_timeline.py`."""
+    from . import op_timeline
+
+    return op_timeline.measure_timelines(ctx, case, schedules, runs)
 
 
 def release_memory(ctx: RankContext) -> None:

@@ -210,11 +210,12 @@ class Executor:
         assert self.sampler is not None, "the executor was made without a sampler"
         return self.sampler.next_token_ids_R
 
-    def run(self, observe: Observe | None = None) -> None:
+    def run(self, observe: Observe | None = None, before: Observe | None = None) -> None:
         """Run the whole iteration in issue order.
 
         Args:
             observe: called after each instance is issued, with its stream current; eager only.
+            before: called before each is issued, behind what it waits for; eager only.
         """
         main = torch.cuda.current_stream() if self._streams else None
         self._embed()
@@ -229,6 +230,8 @@ class Executor:
                 for event in step.waits:
                     stream.wait_event(event)
                 torch.cuda.set_stream(stream)
+            if before is not None:
+                before(instance)
             if step.launch is not None:
                 step.launch()
             if observe is not None:

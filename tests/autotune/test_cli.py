@@ -14,6 +14,7 @@ from nanoflow_tune.autotune import (
     job,
     output_folder,
     paper_mode,
+    resume,
     tune,
     verification,
 )
@@ -113,11 +114,21 @@ def test_an_interrupted_job_keeps_the_points_of_its_book(
     with monkeypatch.context() as patched:
         patched.setattr(tune, "verify", stop)
         assert cli.main(job_of) == cli.INTERRUPTED
-    assert "finished points of the plan book are kept" in capsys.readouterr().err
-    assert [path.name for path in (in_empty_folder / "here").iterdir()] == [book_store.FILE]
-    assert cli.main(job_of) == cli.DONE
+    assert "what is finished of the search and of the plan book is kept" in capsys.readouterr().err
+    left = {book_store.FILE, resume.SEARCH, resume.STUDY}
+    assert {path.name for path in (in_empty_folder / "here").iterdir()} == left
+    assert cli.main([*job_of, "--seed", "1", "--resume"]) == cli.BAD_INPUT
+    assert "is of other inputs" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        patched.setattr(tune, "search", None)  # it is not run again
+        assert cli.main([*job_of, "--resume"]) == cli.DONE
     out, err = capsys.readouterr()
     assert "points are taken over from an interrupted run" in err
+    assert "the finished search of an interrupted run is taken over" in err
+    assert left.isdisjoint(path.name for path in (in_empty_folder / "here").iterdir())
+    assert (in_empty_folder / "here" / "search.db").exists()
+    assert cli.main([*job_of, "--resume"]) == cli.BAD_INPUT
+    assert "holds no unfinished run" in capsys.readouterr().err
     assert last_json(out)["verified"] is True
     records = load_plan(in_empty_folder / "here" / "plan.yaml").buckets
     assert {bucket.mix for bucket in records[1:] if bucket.verification} == {
@@ -243,7 +254,6 @@ def test_paper_mode_sets_predictions_beside_the_papers_figures(
     ("error", "code", "message"),
     [
         (VerificationError("layer 1 differs"), cli.NOT_VERIFIED, "layer 1 differs"),
-        (KeyboardInterrupt(), cli.INTERRUPTED, "run the same command again"),
         (KeyError("oops"), cli.CRASH, "traceback is in"),
     ],
 )

@@ -74,7 +74,9 @@ def test_close_names_share_a_column_also_by_others_between_them():
 
 
 def test_roofline_needs_an_op_with_flops_and_bytes():
-    arguments = {"sustained_flops_per_s": 800e12, "title": "a", "subtitle": "b"}
+    arguments = {
+        "sustained_flops_per_s": 800e12, "sustained": "GEMM", "title": "a", "subtitle": "b",
+    }  # fmt: skip
     drawn = roofline_png([roof_point(500, 700)], h200(), "bfloat16", **arguments)
     assert drawn.startswith(b"\x89PNG")
     norm = RoofPoint(name="norm", kind="norm", flops=0.0, memory_bytes=1e6, us=1.0)

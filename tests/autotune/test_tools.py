@@ -24,7 +24,8 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(no_gpu, capsys):
     assert values["num_gpus"] == 2
     assert values["will_be"] == "predicted"
     assert "shipped h200 profile" in values["profile"]
-    assert values["steps"] == ["search", "verify on 2 CPU rank(s)", "figures and report"]
+    book = "plan book of other batches"
+    assert values["steps"] == ["search", book, "verify on 2 CPU rank(s)", "figures and report"]
     assert values["output_dir"].endswith("llama2-70b-h200-512-512-tp2")
     assert "output dir" in out
     assert list(no_gpu.iterdir()) == []
@@ -33,7 +34,8 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(no_gpu, capsys):
 def test_a_dry_run_on_a_gpu_touches_no_gpu_and_names_where_rows_go(no_gpu, monkeypatch, capsys):
     devices = Devices(name="NVIDIA H200", count=1, memory_bytes=150_754_820_096)
     monkeypatch.setattr(job, "find_devices", lambda: devices)
-    assert cli.main(["search", "--model", "llama3-8b", "--dry-run", "--json"]) == cli.DONE
+    only_main = ["search", "--model", "llama3-8b", "--dry-run", "--json", "--buckets", "main"]
+    assert cli.main(only_main) == cli.DONE
     values = json.loads(capsys.readouterr().out)
     assert values["will_be"] == "measured"
     assert values["steps"] == ["profile what is missing", "search", "measure the finalists"]
