@@ -1,21 +1,23 @@
 """Refinement: an Optuna study around the MILP's structure and the ping-pong family.
 
-Every trial is a whole schedule. Its value is the simulated period or, with `measure`, the period
-on the GPU. Trials live in Optuna's own storage, so that a search resumes and optuna-dashboard
-opens it; a trial whose schedule is illegal fails and keeps the reason.
+Every trial is a whole schedule, and follows from its parameters alone. Its value is the simulated
+period; `hardware_loop.py` measures trials of the same family. Trials live in Optuna's own
+storage, so that a search resumes and optuna-dashboard opens it; a trial whose schedule is illegal
+fails and keeps the reason.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any, cast
 
 from ..runtime.legality import check
-from ..runtime.op_graph import Op, OpGraph, RowMix
-from ..runtime.plan import Candidate, Schedule, Timing
-from ..runtime.schedule import IllegalScheduleError
+from ..runtime.op_graph import Op, OpGraph, OutputForm, RowMix
+from ..runtime.plan import Candidate, Schedule
+from ..runtime.schedule import IllegalScheduleError, output_forms
 from ..search_spaces.schema import RowOrder, SearchSpace
 from .baselines import PingPongChoice, PingPongOrder, ping_pong, whole_gpu_choice
 from .cost_model import CostModel
@@ -38,9 +40,6 @@ from .simulator import predict
 if TYPE_CHECKING:
     import optuna
 
-Measure = Callable[[Sequence[Schedule]], Sequence[Timing]]
-MEASURED_TOGETHER = 4
-"""Hardware trials proposed and measured in one go, interleaved."""
 CLOSE = 1.05
 """Times the fastest variant's time: slower ones are no choice of a trial."""
 
@@ -90,13 +89,13 @@ class Family:
         first = trial.suggest_categorical("first_tokens", self.first_tokens())
         orders: list[str] = list(self.space.row_orders)
         order = cast(RowOrder, trial.suggest_categorical("row_order", orders))
-        variants = self._variants(trial)
+        variants, forms = self._variants(trial), self._forms(trial)
         if kind == "milp":
-            return self._from_structure(trial, first, order, variants)
+            return self._from_structure(trial, first, order, variants, forms)
         if kind == "alternating":
             num_sms = self.cost_model.hardware.num_sms
-            whole = replace(whole_gpu_choice(first, order, num_sms), variants=variants)
-            return self._ping_pong(whole)
+            whole = whole_gpu_choice(first, order, num_sms, forms)
+            return self._ping_pong(replace(whole, variants=variants))
         choice = PingPongChoice(
             first_tokens=first,
             row_order=order,
@@ -105,6 +104,7 @@ class Family:
             network_sms=self._network_sms(trial),
             order=cast(PingPongOrder, kind),
             variants=variants,
+            forms=forms,
         )
         return self._ping_pong(choice)
 
@@ -116,9 +116,21 @@ class Family:
             return self.shares(NETWORK)[0]
         return trial.suggest_categorical("network_sms", self.shares(NETWORK))
 
+    def _forms(self, trial: optuna.trial.BaseTrial) -> tuple[OutputForm, OutputForm]:
+        """How each nano-batch joins the attention's output, where there is a choice."""
+        names = list(self.graph.forms)
+        if len(names) == 1:
+            return names[0], names[0]
+        first, second = (trial.suggest_categorical(f"form.{batch}", names) for batch in (0, 1))
+        return cast(OutputForm, first), cast(OutputForm, second)
+
+    def _form_parameters(self, forms: Sequence[OutputForm]) -> dict[str, Any]:
+        has_choice = len(self.graph.forms) > 1
+        return {f"form.{b}": form for b, form in enumerate(forms)} if has_choice else {}
+
     def _variants(self, trial: optuna.trial.BaseTrial) -> dict[str, str]:
         chosen: dict[str, str] = {}
-        for op in self.graph.layer if self.is_variant_free else ():
+        for op in self.graph.all_ops if self.is_variant_free else ():
             names = self.close_variants(op)
             if len(names) > 1:
                 name = trial.suggest_categorical(f"variant.{op.name}", ["fastest", *names])
@@ -144,7 +156,7 @@ class Family:
         None is left out: what takes no SMs has no other variant there.
         """
         macros = macro_ops(self.graph)
-        shares = {p.num_sms for p in self.structure if op in macros[p.macro].ops}
+        shares = {p.num_sms for p in self.structure if op in macros[p.macro].all_ops}
         shares = shares or {self.shares(lane_of(op))[-1]}
         if self.is_sm_free and lane_of(op) != NETWORK:
             shares.add(self.cost_model.hardware.num_sms)
@@ -160,9 +172,13 @@ class Family:
         first: int,
         order: RowOrder,
         variants: Mapping[str, str],
+        forms: tuple[OutputForm, OutputForm],
     ) -> Schedule:
         placed: list[Placed] = []
+        macros = macro_ops(self.graph)
         for place in self.structure:
+            if not macros[place.macro].ops_of(forms[place.batch]):
+                continue
             shares = self._structure_shares(place)
             share = trial.suggest_categorical(f"sms.{_place_name(self.graph, place)}", shares)
             placed.append(
@@ -171,7 +187,14 @@ class Family:
         sizes = first, total_tokens(self.mix) - first
         batches = split_batches(sizes, order, self.mix)
         return build_schedule(
-            "overlapped_refined", self.cost_model, self.graph, self.mix, batches, placed, variants
+            "overlapped_refined",
+            self.cost_model,
+            self.graph,
+            self.mix,
+            batches,
+            placed,
+            variants,
+            forms=forms,
         )
 
     def _structure_shares(self, place: Placed) -> list[int]:
@@ -185,7 +208,7 @@ class Family:
             "structure": choice.order,
             "first_tokens": choice.first_tokens,
             "row_order": choice.row_order,
-        }
+        } | self._form_parameters(choice.forms)
         if choice.order == "alternating":
             return parameters
         return parameters | {
@@ -205,7 +228,9 @@ class Family:
                     f"sms.{_place_name(self.graph, place)}": place.num_sms
                     for place in self.structure
                 }
-                return {"structure": "milp", "first_tokens": first, "row_order": order} | shares
+                taken = [forms[0] for forms in output_forms(schedule, self.graph)]
+                own = {"structure": "milp", "first_tokens": first, "row_order": order}
+                return own | self._form_parameters(taken) | shares
         return {}
 
 
@@ -214,10 +239,20 @@ def _place_name(graph: OpGraph, place: Placed) -> str:
 
 
 def placed_of(schedule: Schedule, graph: OpGraph) -> tuple[Placed, ...]:
-    """The macro ops of a schedule that was built from macro ops, in issue order."""
+    """The macro ops of a schedule that was built from macro ops, in issue order.
+
+    Those that its forms leave out stand where other forms would have them: before the next one of
+    their nano-batch, on the share of the collective behind.
+    """
     batch_of = {batch.tokens: index for index, batch in enumerate(schedule.nano_batches)}
-    heads = {macro.ops[0].name: index for index, macro in enumerate(macro_ops(graph))}
-    return tuple(
+    macros = macro_ops(graph)
+    heads = {
+        ops[0].name: index
+        for index, macro in enumerate(macros)
+        for ops in (macro.ops, *(ops for _, ops in macro.others))
+        if ops
+    }
+    placed = [
         Placed(
             macro=heads[nano_op.op],
             batch=batch_of[nano_op.tokens],
@@ -226,7 +261,16 @@ def placed_of(schedule: Schedule, graph: OpGraph) -> tuple[Placed, ...]:
         )
         for nano_op in schedule.nano_ops
         if nano_op.op in heads
-    )
+    ]
+    idle = [index for index, macro in enumerate(macros) if not macro.ops]
+    for macro, batch in product(idle, range(len(schedule.nano_batches))):
+        if any((place.macro, place.batch) == (macro, batch) for place in placed):
+            continue
+        where = {p.macro: index for index, p in enumerate(placed) if p.batch == batch}
+        behind, collective = placed[where[macro + 1]], placed[where[macro + 2]]
+        own = replace(behind, macro=macro, num_sms=collective.num_sms)
+        placed.insert(where[macro + 1], own)
+    return tuple(placed)
 
 
 def refine(
@@ -236,7 +280,6 @@ def refine(
     seed: int,
     storage: str | None = None,
     enqueue: Sequence[Mapping[str, Any]] = (),
-    measure: Measure | None = None,
 ) -> tuple[Candidate, ...]:
     """Run the study up to this many trials; every legal one is a candidate, in trial order.
 
@@ -246,13 +289,33 @@ def refine(
         seed: of the sampler.
         storage: an Optuna URL, e.g. `sqlite:///out/search.db`; None keeps it in memory.
         enqueue: parameters to try first.
-        measure: times schedules on the GPU; without it the simulator decides.
     """
+    study = open_study(family, seed, "simulator", storage, enqueue)
+    candidates = [replayed(family, trial) for trial in study.get_trials(deepcopy=False)]
+    done = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+    for _ in range(trials - len(done)):
+        trial, schedule = ask(study, family)
+        if schedule is None:
+            continue
+        timing = predict(schedule, family.graph, family.cost_model, family.mix)
+        study.tell(trial, timing.period_us)
+        candidates.append(Candidate(schedule=schedule, predicted=timing))
+    return tuple(candidate for candidate in candidates if candidate is not None)
+
+
+def open_study(
+    family: Family,
+    seed: int,
+    how: str,
+    storage: str | None,
+    enqueue: Sequence[Mapping[str, Any]],
+) -> optuna.Study:
+    """The study of these inputs, resumed where the storage has it, with parameters to try first."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
-        study_name=study_name(family, seed, "hardware" if measure else "simulator"),
+        study_name=study_name(family, seed, how),
         storage=storage,
         sampler=optuna.samplers.TPESampler(seed=seed),
         load_if_exists=True,
@@ -260,56 +323,40 @@ def refine(
     )
     for parameters in enqueue:
         study.enqueue_trial(dict(parameters), skip_if_exists=True)
-    candidates = [_replay(family, trial) for trial in study.get_trials(deepcopy=False)]
-    done = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
-    left = trials - len(done)
-    while left > 0:
-        batch = min(left, MEASURED_TOGETHER if measure else 1)
-        candidates += _step(study, family, batch, measure)
-        left -= batch
-    return tuple(candidate for candidate in candidates if candidate is not None)
+    return study
 
 
-def _step(
-    study: optuna.Study, family: Family, count: int, measure: Measure | None
-) -> list[Candidate | None]:
-    """Ask for some trials, time their schedules, tell the results."""
+def ask(study: optuna.Study, family: Family) -> tuple[optuna.Trial, Schedule | None]:
+    """The next trial and its schedule; an illegal one has failed, with the reason kept."""
     import optuna
 
-    legal: list[tuple[optuna.Trial, Schedule, Timing]] = []
-    for _ in range(count):
-        trial = study.ask()
-        try:
-            schedule = _checked(family, trial)
-        except IllegalScheduleError as err:
-            trial.set_user_attr("reason", str(err))
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            continue
-        timing = predict(schedule, family.graph, family.cost_model, family.mix)
-        legal.append((trial, schedule, timing))
-    measured = measure([schedule for _, schedule, _ in legal]) if measure and legal else ()
-    found: list[Candidate | None] = []
-    for place, (trial, schedule, timing) in enumerate(legal):
-        real = measured[place] if measured else None
-        candidate = Candidate(schedule=schedule, predicted=timing, measured=real)
-        study.tell(trial, candidate.best_known.period_us)
-        found.append(candidate)
-    return found
+    trial = study.ask()
+    try:
+        return trial, checked(family, trial)
+    except IllegalScheduleError as err:
+        trial.set_user_attr("reason", str(err))
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return trial, None
 
 
-def _checked(family: Family, trial: optuna.trial.BaseTrial) -> Schedule:
+def checked(family: Family, trial: optuna.trial.BaseTrial) -> Schedule:
+    """The schedule of a trial's parameters.
+
+    Raises:
+        IllegalScheduleError: it cannot run on this GPU.
+    """
     schedule, hardware = family.schedule(trial), family.cost_model.hardware
     check(schedule, family.graph, hardware.num_sms, hardware.sm_granularity)
     return schedule
 
 
-def _replay(family: Family, trial: optuna.trial.FrozenTrial) -> Candidate | None:
+def replayed(family: Family, trial: optuna.trial.FrozenTrial) -> Candidate | None:
     """The candidate of a finished trial of an earlier run; a measured time is not taken over."""
     import optuna
 
     if trial.state != optuna.trial.TrialState.COMPLETE:
         return None
-    schedule = _checked(family, optuna.trial.FixedTrial(trial.params))
+    schedule = checked(family, optuna.trial.FixedTrial(trial.params))
     timing = predict(schedule, family.graph, family.cost_model, family.mix)
     return Candidate(schedule=schedule, predicted=timing)
 

@@ -33,13 +33,14 @@ from .baselines import (
 from .bounds import lower_bound_us, power_limit_of, what_binds
 from .certificate import MOST_BATCHES, SpaceBound, space_bound
 from .cost_model import CostModel
+from .hardware_loop import Measure, refine_on_hardware
 from .many_batches import round_robins
 from .milp import Certificate
 from .patterns import COMPUTE, MEMORY, NETWORK
 from .profile_faults import profile_warnings
 from .race import best_overlapped, distinct, pick_winner, summary, why_it_won
 from .race import overlaps as overlaps
-from .refine import Family, Measure, placed_of, refine
+from .refine import Family, placed_of, refine
 from .side_by_side import attention_side_by_side
 from .simulator import predict
 from .structure import find_structure
@@ -287,13 +288,15 @@ class _Search:
         if self.measure is None:
             return
         self.measure_race()
-        self.tried += refine(
-            replace(family, is_variant_free=True),
+        self.tried += refine_on_hardware(
+            family,
             trials=self.space.hardware_trials,
             seed=self.seed,
+            measure=self.measure,
             storage=self.storage,
             enqueue=enqueue,
-            measure=self.measure,
+            known=tuple(self.tried),
+            tell=self.tell,
         )
         self.measure_final()
 

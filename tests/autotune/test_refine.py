@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from nanoflow_tune.autotune.cost_model import CostModel
 from nanoflow_tune.autotune.refine import Family, placed_of, refine, study_name
 from nanoflow_tune.autotune.simulator import predict
 from nanoflow_tune.runtime.legality import check
-from nanoflow_tune.runtime.plan import Schedule, Timing
 
 from .fakes import MIX, graph_of, h200, linear_profile, quick_space, reduce_profile, row_of
 
@@ -75,25 +73,6 @@ def test_an_illegal_trial_fails_with_its_reason(tmp_path: Path):
     study = optuna.load_study(study_name=study_name(broken, 0, "simulator"), storage=storage)
     assert study.trials[0].state == optuna.trial.TrialState.FAIL
     assert "illegal order" in study.trials[0].user_attrs["reason"]
-
-
-def test_on_hardware_the_measured_time_decides_and_variants_are_free():
-    seen: list[int] = []
-
-    def measure(schedules: Sequence[Schedule]) -> list[Timing]:
-        seen.append(len(schedules))
-        return [
-            Timing(period_us=1000.0 + s.nano_batches[0].num_tokens, source="measured")
-            for s in schedules
-        ]
-
-    candidates = refine(
-        family(is_variant_free=True), trials=8, seed=0, enqueue=first_trial(), measure=measure
-    )
-    assert sum(seen) == len(candidates) == 8
-    assert all(c.measured is not None for c in candidates)
-    variants = {n.variant for c in candidates for n in c.schedule.nano_ops if n.op == "kqv"}
-    assert variants == {"cublas", "triton_128x128"}
 
 
 @pytest.mark.parametrize("row_order", ["decodes_first", "interleaved"])
