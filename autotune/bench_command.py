@@ -151,8 +151,11 @@ def table(values: dict[str, Any]) -> Table:
     from rich.table import Table
 
     head = f"{values['model']}, {values['num_gpus']} x {values['device']}, {values['workload']}"
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    shown.add_column(f"{head}, {values['num_requests']} requests")
+    title = f"{head}, {values['num_requests']} requests"
+    shown = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False
+    )
+    shown.add_column("book")
     for heading in ("tokens/s/GPU", "J/token", "W", "MHz", "% sustained", "% datasheet"):
         shown.add_column(heading, justify="right")
     columns = (
@@ -161,8 +164,15 @@ def table(values: dict[str, Any]) -> Table:
     )
     for row in values["books"]:
         cells = (row.get(column) for column in columns)
-        shown.add_row(row["book"], *("-" if cell is None else f"{cell:,.4g}" for cell in cells))
+        shown.add_row(row["book"].replace("_", " "), *map(_digits, cells))
     return shown
+
+
+def _digits(cell: float | None) -> str:
+    """Four digits, whole numbers from 1000 on, a dash for what is not known."""
+    if cell is None:
+        return "-"
+    return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.4g}"
 
 
 def _model(options: argparse.Namespace, plan: Plan, weights: Weights) -> ModelSpec:

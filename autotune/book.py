@@ -19,6 +19,7 @@ from .book_store import BookStore
 from .bounds import lower_bound_us, power_limit_of, what_binds
 from .break_even import find_break_even
 from .point_search import PointResult, PointSearch
+from .progress import Advance, nothing
 from .regret import Regret, find_regret
 from .resize import row_order_of, shortened
 
@@ -49,6 +50,7 @@ def build_book(
     seed: int,
     store: BookStore | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
+    advance: Advance = nothing,
 ) -> Book:
     """Search every point of the grid, and what follows from them.
 
@@ -60,6 +62,7 @@ def build_book(
         seed: of the batches at which the regret is looked at.
         store: keeps finished points of a run that is killed.
         on_progress: told what happens, in words.
+        advance: told how many points are finished.
     """
     (main,) = plan.buckets
     points, left_out = grid_points(grid, traffic, main.dense_batch_tokens)
@@ -75,6 +78,7 @@ def build_book(
             if store:
                 store.add(bucket)
         buckets.append(bucket)
+        advance(len(buckets) - 1, len(points))
     on_progress(f"{len(buckets)} grid points, {len(left_out)} more do not fit into the memory")
     plan = replace(plan, buckets=tuple(buckets))
     regret = find_regret(plan, search, traffic, grid, seed=seed)

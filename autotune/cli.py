@@ -120,10 +120,11 @@ def _profile(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from .progress import bar
     from .verification import verify_file
 
-    with _stderr().status(f"verifying {options.plan}"):
-        values = verify_file(options.plan, options.model, options.seed, _say)
+    with bar(_stderr(), f"verifying {options.plan}, batches") as advance:
+        values = verify_file(options.plan, options.model, options.seed, _say, advance)
     if not options.json:
         for record in values["verification"]:
             print(
@@ -178,8 +179,9 @@ def _paper(options: argparse.Namespace) -> int:
     from rich.table import Table
 
     from .paper_mode import paper_document, paper_rows, run_paper
+    from .progress import clock
 
-    with _stderr().status("searching"):
+    with clock(_stderr(), "searching"):
         result = run_paper(options.workload, seed=options.seed, on_progress=_say)
     if not options.json:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
@@ -246,8 +248,9 @@ def _export(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     from .bench_command import bench, table
+    from .progress import clock
 
-    with _stderr().status(f"serving with {options.plan}"):
+    with clock(_stderr(), f"serving with {options.plan}"):
         values = bench(options, _say)
     if not options.json:
         stdout = _stdout()

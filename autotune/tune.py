@@ -42,6 +42,7 @@ from .job import (
 from .op_table import gemm_peak, op_rows
 from .output_folder import claim, held, staging
 from .point_search import PointSearch
+from .progress import bar, clock
 from .provenance import commit, created_by, provenance
 from .report import Report
 from .resize import row_order_of, shortened
@@ -118,8 +119,8 @@ def _run_in(
         if not options.is_search_only:
             what = "winner and best overlapped" + (", and a sample of the book" if book else "")
             say(console, "verify", f"{what}, on {job.num_gpus} rank(s)")
-            with console.status("verifying"):
-                plan = verify(plan, job.model, job.hardware, options.seed, job.stage)
+            with bar(console, "verifying, batches") as advance:
+                plan = verify(plan, job.model, job.hardware, options.seed, job.stage, advance)
         tracks = play(plan.buckets[0], job.graph, cost_model, job.batch.mix)
         report = _report(options, job, chosen, cost_model, result, plan, tracks, measured)
         report = replace(report, book=book and replace(book, buckets=plan.buckets))
@@ -188,7 +189,7 @@ def _search(
             f"{job.batch.tokens} tokens fit; use more GPUs"
         )
     try:
-        with console.status("searching"):
+        with clock(console, "searching"):
             result = search(
                 job.graph,
                 cost_model,
@@ -254,7 +255,7 @@ def _book(
     traffic = Traffic(
         model=job.model, hardware=job.hardware, workload=job.workload, num_gpus=job.num_gpus
     )
-    with console.status("plan book"):
+    with bar(console, "plan book, points") as advance:
         return build_book(
             plan,
             point_search,
@@ -263,6 +264,7 @@ def _book(
             seed=options.seed,
             store=points,
             on_progress=lambda text: say(console, "book", text),
+            advance=advance,
         )
 
 
@@ -300,7 +302,7 @@ def _measured(job: Job, bucket: Bucket, console: Console) -> dict[str, Track]:
     if job.stage is None:
         return {}
     roles = shown(bucket)
-    with console.status("timeline"):
+    with clock(console, "timeline of every nano-op"):
         schedules = [candidate.schedule for candidate in roles.values()]
         timelines = job.stage.timelines(schedules)
     return play_measured(bucket, job.graph, dict(zip(roles, timelines, strict=True)))

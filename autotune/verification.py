@@ -22,17 +22,31 @@ from ..search_spaces.loader import load_hardware, load_model
 from ..search_spaces.schema import HardwareSpec, ModelSpec
 from .document import verification_rows
 from .gpu_stage import GpuStage, find_devices, find_stage
+from .progress import Advance, nothing
 
 CPU_TIMEOUT_S = 300.0
 """A CPU rank that answers later than this hangs."""
 
 
 def verify(
-    plan: Plan, model: ModelSpec, hardware: HardwareSpec, seed: int, stage: GpuStage | None
+    plan: Plan,
+    model: ModelSpec,
+    hardware: HardwareSpec,
+    seed: int,
+    stage: GpuStage | None,
+    advance: Advance = nothing,
 ) -> Plan:
     """The plan with a record of each schedule that was verified.
 
     On a GPU the main bucket, which alone was measured there; on a CPU also a sample of the book.
+
+    Args:
+        plan: all its buckets are checked.
+        model: the real one.
+        hardware: what the plan is for.
+        seed: of weights, cache, tokens and random orders.
+        stage: runs at real widths; None: scaled down on CPU ranks.
+        advance: told how many buckets are verified.
 
     Raises:
         IllegalScheduleError: a schedule of any bucket that must not run.
@@ -40,15 +54,20 @@ def verify(
     """
     check_plan(plan, OpGraph.build(model, plan.num_gpus), hardware)
     chosen = [0] if stage is not None else [0, *sample(plan)]
-    part = replace(plan, buckets=tuple(plan.buckets[index] for index in chosen))
-    if stage is not None:
-        part = stage.verify(part, model, seed)
-    else:
-        with RankGroup(plan.num_gpus, device="cpu", timeout_s=CPU_TIMEOUT_S) as ranks:
-            part = verify_plan(part, model, hardware, ranks, seed=seed)
     buckets = list(plan.buckets)
-    for index, bucket in zip(chosen, part.buckets, strict=True):
-        buckets[index] = bucket
+    with (
+        RankGroup(plan.num_gpus, device="cpu", timeout_s=CPU_TIMEOUT_S)
+        if stage is None
+        else nullcontext() as ranks
+    ):
+        for done, index in enumerate(chosen):
+            advance(done, len(chosen))
+            part = replace(plan, buckets=(buckets[index],))
+            if stage is not None:
+                part = stage.verify(part, model, seed)
+            elif ranks is not None:
+                part = verify_plan(part, model, hardware, ranks, seed=seed)
+            (buckets[index],) = part.buckets
     return replace(plan, buckets=tuple(buckets))
 
 
@@ -69,7 +88,11 @@ def sample(plan: Plan) -> list[int]:
 
 
 def verify_file(
-    path: Path, model_name: str | None, seed: int, say: Callable[[str], None]
+    path: Path,
+    model_name: str | None,
+    seed: int,
+    say: Callable[[str], None],
+    advance: Advance = nothing,
 ) -> dict[str, Any]:
     """Check and verify a plan on disk.
 
@@ -78,6 +101,7 @@ def verify_file(
         model_name: the model's spec; the plan's own name when None.
         seed: of weights, cache, tokens and random orders.
         say: progress, one line at a time.
+        advance: told how many buckets are verified.
 
     Raises:
         ValueError: the file breaks a rule, or a schedule must not run.
@@ -92,7 +116,7 @@ def verify_file(
     )
     stage = find_stage(find_devices(), case, command="verify", say=say)
     with closing(stage) if stage else nullcontext():
-        plan = verify(plan, model, hardware, seed, stage)
+        plan = verify(plan, model, hardware, seed, stage, advance)
     return {
         "plan": str(path),
         "model": plan.model,
