@@ -30,7 +30,8 @@ from ..search_spaces.records import read_bounded
 from ..search_spaces.schema import HardwareSpec, WorkloadSpec
 
 BOOKS = ("sequential", "nano_only", "overlapped", "winner", "offload")
-OFFLOADED_PAGES = 65_536
+OFFLOADED_BYTES, OFFLOADED_PAGES = 8 << 30, 65_536
+"""Most host memory, all ranks together, and most pages of it."""
 
 
 def check_books(names: Sequence[str]) -> None:
@@ -108,13 +109,15 @@ def contender(name: str, graph: OpGraph, plan: Plan, hardware: HardwareSpec) -> 
     if name == "sequential":
         book = PlanBook.from_plan(graph, plan, hardware, "sequential alone")
         return Contender(name=name, book=book)
+    page_bytes = graph.model.kv_bytes_per_token * plan.page_size
+    offloaded = min(OFFLOADED_PAGES, OFFLOADED_BYTES // page_bytes)
     changed = replace(plan, buckets=tuple(_winning(bucket, name, graph) for bucket in plan.buckets))
     return Contender(
         name=name,
         book=PlanBook.from_plan(
             graph, changed, hardware, even_losing=name in ("nano_only", "overlapped")
         ),
-        offload_host_pages=OFFLOADED_PAGES if name == "offload" else 0,
+        offload_host_pages=offloaded if name == "offload" else 0,
     )
 
 

@@ -25,6 +25,7 @@ from ..runtime.engine import Engine
 from ..runtime.engine_config import EngineConfig
 from ..runtime.executor import Resources
 from ..runtime.kv_cache import PagedKvCache
+from ..runtime.kv_store import KvStore
 from ..runtime.launch import RankContext
 from ..runtime.model_runner import Launched, ModelRunner, Sampled
 from ..runtime.op_graph import OpGraph
@@ -254,6 +255,7 @@ def make_runner(
         contender.book,
         engine_config(case, loaded, contender).runner_sizes,
         resources_of,
+        KvStore(loaded.cache, host_pages=contender.offload_host_pages),
     )
 
 

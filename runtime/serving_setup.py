@@ -223,7 +223,7 @@ class RankSetting:
             self.book,
             self.config.runner_sizes,
             resources_of,
-            KvStore(cache, self.options.offload_folder),
+            KvStore(cache, self.options.offload_folder, self.config.offload_host_pages),
         )
         if self.device == "cuda":
             # Steps grow beyond the constant dense batch when a latency target leaves room.

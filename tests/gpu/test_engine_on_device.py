@@ -17,6 +17,7 @@ from nanoflow_tune.runtime.batching import Request  # noqa: E402
 from nanoflow_tune.runtime.engine import Engine  # noqa: E402
 from nanoflow_tune.runtime.engine_config import EngineConfig  # noqa: E402
 from nanoflow_tune.runtime.kv_cache import PagedKvCache  # noqa: E402
+from nanoflow_tune.runtime.kv_store import KvStore  # noqa: E402
 from nanoflow_tune.runtime.model import reference_forward  # noqa: E402
 from nanoflow_tune.runtime.model_runner import ModelRunner  # noqa: E402
 from nanoflow_tune.runtime.op_graph import OpGraph  # noqa: E402
@@ -91,7 +92,8 @@ def test_replayed_steps_generate_what_each_request_gives_alone(decode):
     def make_runner():
         torch.cuda.set_device(device)
         cache = PagedKvCache(MODEL, num_pages=config.num_pages, device=device)
-        return ModelRunner(graph, weights, cache, book, config.runner_sizes)
+        store = KvStore(cache, host_pages=config.offload_host_pages)
+        return ModelRunner(graph, weights, cache, book, config.runner_sizes, store=store)
 
     rng = random.Random(0)
     requests = [

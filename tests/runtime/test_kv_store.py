@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from builders import tiny_model
 
+from nanoflow_tune.runtime import kv_store
 from nanoflow_tune.runtime.kv_cache import PagedKvCache
 from nanoflow_tune.runtime.kv_store import KvStore
 from nanoflow_tune.runtime.prefix_index import PrefixIndex, page_digests
@@ -39,6 +42,28 @@ def test_pages_come_back_as_they_were_from_memory_and_from_disk(cache, tmp_path,
     store.run([op("drop", 0)])
     assert (store.host_bytes, store.disk_bytes) == (0, 0)
     assert list(tmp_path.glob("*/*.pages")) == []
+
+
+def test_kept_host_memory_is_shared_out_in_places_and_never_twice(cache, monkeypatch):
+    page_bytes = cache.pool_LZPGBH[:, :, 0].nbytes
+    monkeypatch.setattr(kv_store, "_BLOCK_BYTES", 4 * page_bytes)
+    store = KvStore(cache, host_pages=7)  # blocks of 4 and 3
+    rng, held = random.Random(0), {}
+    for key in range(60):
+        cache.pool_LZPGBH.normal_()
+        pages = rng.sample(range(1, 13), rng.randint(1, 4))
+        held[key] = cache.pool_LZPGBH[:, :, pages].clone()
+        store.run([op("save", key, *pages)])
+        while sum(saved.shape[2] for saved in held.values()) > 9:  # more than there are places
+            dropped = rng.choice(list(held))
+            del held[dropped]
+            store.run([op("drop", dropped)])
+        assert store.host_bytes == sum(saved.nbytes for saved in held.values())
+        for other, saved in held.items():
+            count = rng.randint(1, saved.shape[2])
+            pages = rng.sample(range(1, 13), count)
+            store.run([op("load", other, *pages)])
+            assert torch.equal(cache.pool_LZPGBH[:, :, pages], saved[:, :, :count])
 
 
 def test_close_removes_the_files(cache, tmp_path):
