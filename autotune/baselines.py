@@ -2,8 +2,9 @@
 
 sequential   one nano-batch, one lane, the best variant of each op on all SMs; where the power cap
              binds, on the share on which its joules and time cost least, the other SMs idle; a
-             collective takes copy engines where that is faster, the longer norm behind included
-nano_only    two nano-batches, one lane: what splitting alone costs
+             collective takes copy engines where that is faster, the longer norm behind included;
+             the attention's output is joined in the form that is faster
+nano_only    two nano-batches, one lane, each in the form that is faster: what splitting alone costs
 equal_split  two equal nano-batches, the SMs halved between compute and the rest
 ping_pong    the family around it: one nano-batch computes while the other one's attention and
              collectives run; the refinement moves within this family. With collectives that take
@@ -15,9 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import product
 
-from ..runtime.op_graph import Op, OpGraph, RowMix
+from ..runtime.op_graph import Op, OpGraph, OutputForm, RowMix
 from ..runtime.plan import Schedule
 from ..search_spaces.schema import HardwareSpec, RowOrder, SearchSpace
 from .copy_transport import norm_behind
@@ -26,7 +27,6 @@ from .patterns import (
     COMPUTE,
     MEMORY,
     NETWORK,
-    MacroOp,
     Placed,
     batch_mix,
     build_schedule,
@@ -35,10 +35,10 @@ from .patterns import (
     split_batches,
     total_tokens,
 )
+from .periods import PERIODS
+from .periods import PingPongOrder as PingPongOrder
 from .power_model import FASTEST, Price
 from .simulator import SYNC_US, Simulator, predict
-
-PingPongOrder = Literal["blocks", "interleaved", "alternating"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,19 +59,39 @@ class PingPongChoice:
     after every collective, for decode attention on the compute lane."""
     variants: Mapping[str, str] = field(default_factory=dict[str, str])
     """Kernel variant by op name; the fastest where an op is not named."""
+    forms: tuple[OutputForm, OutputForm] = ("all_reduce", "all_reduce")
+    """How the two join the attention's output."""
 
 
 def sequential(graph: OpGraph, cost_model: CostModel, mix: RowMix) -> Schedule:
-    """Everything in a row, each op with the whole GPU to itself."""
-    return _one_lane("sequential", graph, cost_model, mix, (total_tokens(mix),), "decodes_first")
+    """Everything in a row, each op with the whole GPU to itself; the faster form."""
+    return min(
+        sequential_forms(graph, cost_model, mix).values(),
+        key=lambda schedule: predict(schedule, graph, cost_model, mix).period_us,
+    )
+
+
+def sequential_forms(
+    graph: OpGraph, cost_model: CostModel, mix: RowMix
+) -> dict[OutputForm, Schedule]:
+    """The best sequential schedule of each form."""
+    sizes = (total_tokens(mix),)
+    return {
+        form: _one_lane("sequential", graph, cost_model, mix, sizes, "decodes_first", (form,))
+        for form in graph.forms
+    }
 
 
 def nano_only(
     graph: OpGraph, cost_model: CostModel, mix: RowMix, row_order: RowOrder = "interleaved"
 ) -> Schedule:
-    """Two equal nano-batches, still one after the other."""
+    """Two equal nano-batches, still one after the other; the fastest forms."""
     sizes = _halves(total_tokens(mix))
-    return _one_lane("nano_only", graph, cost_model, mix, sizes, row_order)
+    found = [
+        _one_lane("nano_only", graph, cost_model, mix, sizes, row_order, forms)
+        for forms in product(graph.forms, repeat=2)
+    ]
+    return min(found, key=lambda s: predict(s, graph, cost_model, mix).period_us)
 
 
 def _one_lane(
@@ -81,6 +101,7 @@ def _one_lane(
     mix: RowMix,
     sizes: tuple[int, ...],
     row_order: RowOrder,
+    forms: tuple[OutputForm, ...],
 ) -> Schedule:
     """The fastest kernels, then those that the price of a joule favours, and so on; the best."""
     batches = split_batches(sizes, row_order, mix)
@@ -91,13 +112,22 @@ def _one_lane(
                 macro=index,
                 batch=batch,
                 stage=0,
-                num_sms=_share(macro, graph, cost_model, batch_mix(held, mix), price),
+                num_sms=_share(ops, graph, cost_model, batch_mix(held, mix), price),
             )
             for index, macro in enumerate(macro_ops(graph))
             for batch, held in enumerate(batches)
+            if (ops := macro.ops_of(forms[batch]))
         ]
         schedule = build_schedule(
-            name, cost_model, graph, mix, batches, placed, single_lane=True, price=price
+            name,
+            cost_model,
+            graph,
+            mix,
+            batches,
+            placed,
+            single_lane=True,
+            price=price,
+            forms=forms,
         )
         found.append((predict(schedule, graph, cost_model, mix).period_us, schedule))
         before, price = price, Simulator(schedule, graph, cost_model, mix).price()
@@ -107,33 +137,40 @@ def _one_lane(
 
 
 def _share(
-    macro: MacroOp, graph: OpGraph, cost_model: CostModel, rows: RowMix, price: Price
+    ops: tuple[Op, ...], graph: OpGraph, cost_model: CostModel, rows: RowMix, price: Price
 ) -> int:
     """All SMs, none for some collectives, fewer where the joules saved are worth the time."""
-    op, num_sms = macro.ops[0], cost_model.hardware.num_sms
-    if macro.lane == NETWORK or price == FASTEST:
+    op, num_sms = ops[0], cost_model.hardware.num_sms
+    if op.resource == "network" or price == FASTEST:
         return _whole_share(op, graph, cost_model, rows)
 
     def cost(share: int) -> float:
         sync_us = 0.0 if share == num_sms else 2 * SYNC_US  # to another stream and back
-        costs = [cost_model.cheapest(op, rows, (share,), price)[2] for op in macro.ops]
+        costs = [cost_model.cheapest(op, rows, (share,), price)[2] for op in ops]
         return sum(costs) + sync_us
 
-    heaviest = max(macro.ops, key=lambda op: op.flops(rows))
+    heaviest = max(ops, key=lambda op: op.flops(rows))
     return min(reversed(cost_model.shares_of(heaviest)), key=cost)
 
 
 def _whole_share(op: Op, graph: OpGraph, cost_model: CostModel, rows: RowMix) -> int:
     """All SMs, or 0 for a collective that is faster on none, the sum in its norm included."""
     num_sms = cost_model.hardware.num_sms
-    if op.kind != "all_reduce" or not cost_model.variants(op, 0):
+    if op.resource != "network" or not cost_model.variants(op, 0):
         return num_sms
-    sum_us = cost_model.sum_us(norm_behind(op, graph), graph.tp_degree, rows)
+    is_summed = op.kind == "all_reduce"  # a gather leaves nothing to the norm behind it
+    norm = norm_behind(op, graph) if is_summed else None
+    sum_us = cost_model.sum_us(norm, graph.tp_degree, rows) if norm else 0.0
     free_us = cost_model.best(op, rows, 0)[1].us + sum_us
     return 0 if free_us < cost_model.best(op, rows, num_sms)[1].us else num_sms
 
 
-def whole_gpu_choice(first_tokens: int, row_order: RowOrder, num_sms: int) -> PingPongChoice:
+def whole_gpu_choice(
+    first_tokens: int,
+    row_order: RowOrder,
+    num_sms: int,
+    forms: tuple[OutputForm, OutputForm] = ("all_reduce", "all_reduce"),
+) -> PingPongChoice:
     """Ping-pong that gives up no SMs: two nano-batches alternate on all, collectives take none."""
     return PingPongChoice(
         first_tokens=first_tokens,
@@ -142,6 +179,7 @@ def whole_gpu_choice(first_tokens: int, row_order: RowOrder, num_sms: int) -> Pi
         memory_sms=num_sms,
         network_sms=0,
         order="alternating",
+        forms=forms,
     )
 
 
@@ -180,7 +218,11 @@ def ping_pong(
     choice: PingPongChoice,
     name: str = "overlapped",
 ) -> Schedule:
-    """Two nano-batches half a period apart: while one computes, the other one does the rest."""
+    """Two nano-batches half a period apart: while one computes, the other one does the rest.
+
+    Raises:
+        IllegalScheduleError: the shares find no places, or a collective cannot go without SMs.
+    """
     sizes = choice.first_tokens, total_tokens(mix) - choice.first_tokens
     batches = split_batches(sizes, choice.row_order, mix)
     shares = {
@@ -189,63 +231,17 @@ def ping_pong(
         NETWORK: choice.network_sms,
     }
     macros = macro_ops(graph)
-    orders = {"blocks": _blocks, "interleaved": _interleaved, "alternating": _alternating}
-    period = orders[choice.order](graph)
+    period = PERIODS[choice.order](graph, choice.forms)
     placed = [
         Placed(macro=macro, batch=batch, stage=stage, num_sms=shares[macros[macro].lane])
         for macro, batch, stage in period
     ]
-    return build_schedule(name, cost_model, graph, mix, batches, placed, choice.variants)
+    return build_schedule(
+        name, cost_model, graph, mix, batches, placed, choice.variants, forms=choice.forms
+    )
 
 
 def _halves(tokens: int, granularity: int = 1) -> tuple[int, int]:
     granularity = granularity if 2 * granularity <= tokens else 1
     first = max(granularity, round(tokens / 2 / granularity) * granularity)
     return first, tokens - first
-
-
-def _phases(graph: OpGraph) -> tuple[list[int], list[int], list[int]]:
-    """Macro ops up to the attention, the output projection's (and its collective), the rest."""
-    macros = macro_ops(graph)
-    attention = [
-        index
-        for index, macro in enumerate(macros)
-        if macro.ops[0].kind in ("decode_attention", "prefill_attention")
-    ]
-    before, after = list(range(attention[0])), list(range(attention[-1] + 1, len(macros)))
-    cut = 2 if len(after) > 1 and macros[after[1]].lane == NETWORK else 1
-    return before + attention, after[:cut], after[cut:]
-
-
-def _blocks(graph: OpGraph) -> list[tuple[int, int, int]]:
-    """(macro, nano-batch, stage): A's tail, next KQV and attention; then the same of B.
-
-    The attention of each is listed where it may start; it runs beside the other one's block,
-    whose tail waits for its own attention, of the block before.
-    """
-    head, output, ffn = _phases(graph)
-    period = [(index, 0, 1) for index in output + ffn] + [(index, 0, 0) for index in head]
-    period += [(index, 1, 1) for index in output + ffn]
-    return period + [(index, 1, 0) for index in head]
-
-
-def _interleaved(graph: OpGraph) -> list[tuple[int, int, int]]:
-    """(macro, nano-batch, stage): o A, kqv B, ffn A, o B, kqv A, ffn B.
-
-    Behind each block its collective or attention runs, beside the next block of the other one.
-    """
-    head, output, ffn = _phases(graph)
-    period = [(index, 0, 1) for index in output] + [(index, 1, 1) for index in head]
-    period += [(index, 0, 1) for index in ffn] + [(index, 1, 1) for index in output]
-    return period + [(index, 0, 0) for index in head] + [(index, 1, 1) for index in ffn]
-
-
-def _alternating(graph: OpGraph) -> list[tuple[int, int, int]]:
-    """(macro, nano-batch, stage): all up to o A, the same of B, ffn A, ffn B.
-
-    Each collective runs beside the block of the other nano-batch that follows.
-    """
-    head, output, ffn = _phases(graph)
-    return [
-        (index, batch, 0) for block in (head + output, ffn) for batch in (0, 1) for index in block
-    ]

@@ -25,6 +25,7 @@ from ..runtime.plan import SM_FREE_VARIANTS
 from ..search_spaces.schema import DTYPE_BYTES, Dtype, HardwareSpec
 from .composed_rows import with_composed_rows
 from .copy_transport import as_sent, summing
+from .gather_rows import with_gather_rows
 from .interference import Interference, Place
 from .kernel_grid import KernelGrid
 from .power_fit import fit_power
@@ -35,6 +36,7 @@ DEFAULT_VARIANTS: dict[OpKind, str] = {
     "gemm": "cublas",
     "gemm_silu": "cublas",
     "all_reduce": "nccl",
+    "all_gather": "nccl",
 }
 """Kernel named in a plan where nothing was measured; `triton` for every other kind."""
 
@@ -75,9 +77,13 @@ class CostModel:
         lacking: Iterable[str] = (),
     ) -> None:
         self.lacking = tuple(lacking)
-        self.profile = profile = with_composed_rows(profile) if profile else None
         self.hardware = hardware
         self.dtype = dtype or (profile.dtype if profile else "bfloat16")
+        if profile is not None:
+            profile = with_gather_rows(
+                with_composed_rows(profile), hardware, cast(Dtype, self.dtype)
+            )
+        self.profile = profile
         self.energy = energy_model(profile, hardware)
         self._power: PowerModel | None = None
         self._op_of_shape = cache(op_of_shape)
@@ -235,7 +241,7 @@ class CostModel:
         if num_sms == 0:
             return tuple(sorted(free))
         known = {key[2] for key in grids} - free
-        if op.kind == "all_reduce":
+        if op.resource == "network":
             fitting = {key[2] for key, grid in grids.items() if grid.least_share <= num_sms}
             known = known & fitting or known
         return tuple(sorted(known)) or (DEFAULT_VARIANTS.get(op.kind, "triton"),)

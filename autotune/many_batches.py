@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
 
-from ..runtime.op_graph import OpGraph, RowMix
+from ..runtime.op_graph import OpGraph, OutputForm, RowMix
 from ..runtime.plan import Schedule
 from ..runtime.schedule import IllegalScheduleError
 from ..search_spaces.schema import SearchSpace
@@ -29,6 +29,7 @@ from .patterns import (
     split_batches,
     total_tokens,
 )
+from .periods import layer_phases
 
 MAX_SHARES = 3
 """Shares of a side lane that are tried: spread over those of the space."""
@@ -51,16 +52,12 @@ def round_robin(graph: OpGraph, num_batches: int, lag: int) -> list[tuple[int, i
 
 
 def layer_blocks(graph: OpGraph) -> tuple[list[int], list[int], list[int]]:
-    """Macro ops up to the attention, the output projection with its collective, the rest."""
-    macros = macro_ops(graph)
-    attention = [
-        index
-        for index, macro in enumerate(macros)
-        if macro.ops[0].kind in ("decode_attention", "prefill_attention")
-    ]
-    after = list(range(attention[-1] + 1, len(macros)))
-    cut = 2 if len(after) > 1 and macros[after[1]].lane == NETWORK else 1
-    return list(range(attention[-1] + 1)), after[:cut], after[cut:]
+    """Macro ops up to the attention, the output projection with its collective, the rest.
+
+    The first has the gather of the heads, for rows that take that form.
+    """
+    head, gather, output, ffn = layer_phases(graph)
+    return head + gather, output, ffn
 
 
 def round_robins(
@@ -72,6 +69,7 @@ def round_robins(
 ) -> Iterator[Schedule]:
     """The family over the even cut and the one with the best bound, and a coarse grid of shares.
 
+    All nano-batches take one form, or the first another one than the rest.
     Those that find no places are left out.
     """
     even = even_sizes(count.num_nano_batches, total_tokens(mix), space.token_granularity)
@@ -85,8 +83,10 @@ def round_robins(
     is_free = has_sm_free(graph, cost_model)
     sides = _spread(legal_shares(MEMORY, hardware, space))
     links = _spread(legal_shares(NETWORK, hardware, space, is_free)) if graph.tp_degree > 1 else [0]
-    for split, side, link, lag in product(splits, sides, links, (0, 1)):
+    pairs = list(product(graph.forms, repeat=2))
+    for split, side, link, lag, (first, rest) in product(splits, sides, links, (0, 1), pairs):
         batches = split_batches(split.sizes, split.row_order, mix)
+        forms: list[OutputForm] = [rest if batch else first for batch in range(len(batches))]
         shares = {
             MEMORY: side,
             NETWORK: link,
@@ -98,7 +98,7 @@ def round_robins(
         ]
         name = f"overlapped_robin_{len(batches)}"
         try:
-            yield build_schedule(name, cost_model, graph, mix, batches, placed)
+            yield build_schedule(name, cost_model, graph, mix, batches, placed, forms=forms)
         except IllegalScheduleError:
             continue
 

@@ -18,6 +18,13 @@ Nodes of one lane must not overlap. Nodes of different lanes may (n_ij = 1) when
 on the GPU, with those of a third lane where all three meet. Pairs that the dependencies keep apart
 need no variables. Valid cuts: a lane is busy for at most the period; so is the GPU, SM by SM.
 
+A nano-batch of two forms chooses one too, z_b: each of its nodes that take another time in form 1
+has its w twice,
+
+    sum_a w_iga + sum_a w'_iga = r_g, sum_ga w'_iga <= R z_b, sum_ga w_iga <= R (1 - z_b)
+
+and a node that has nothing to do in form 0 is kept apart from others in form 1 only.
+
 A nano-batch of size 0 has durations 0: the number of nano-batches is a choice of g.
 """
 
@@ -31,6 +38,7 @@ from math import floor
 from typing import Any
 
 from .highs_banner import silence_banner
+from .instance_bounds import least_us, path_distances, sequential_us
 from .milp_input import Instance
 from .milp_start import Start
 
@@ -73,6 +81,8 @@ class Solution:
     start: tuple[float, ...]
     """Start of each node of layer 0, in periods."""
     share: tuple[int, ...]
+    is_form_1: tuple[bool, ...] = ()
+    """By nano-batch that may choose."""
 
 
 class Model:
@@ -85,9 +95,9 @@ class Model:
         self.instance = instance
         self.num_nodes = len(instance.lanes)
         self.nodes, self.splits = range(self.num_nodes), range(instance.num_splits)
-        self.distance = _path_distances(instance)
-        self.unit_us = max(_sequential_us(instance, split) for split in self.splits)
-        self.max_rate = [self.unit_us / _least_us(instance, split) for split in self.splits]
+        self.distance = path_distances(instance)
+        self.unit_us = max(sequential_us(instance, split) for split in self.splits)
+        self.max_rate = [self.unit_us / least_us(instance, split) for split in self.splits]
         self.problem: Any = pulp.LpProblem("period", pulp.LpMaximize)
         self.num_integers = 0
         self._add_choices()
@@ -98,6 +108,9 @@ class Model:
     def _binary(self, name: str) -> Any:  # noqa: ANN401
         self.num_integers += 1
         return self.pulp.LpVariable(name, cat="Binary")
+
+    def _rate(self, name: str, split: int) -> Any:  # noqa: ANN401
+        return self.pulp.LpVariable(name, 0, self.max_rate[split])
 
     def _add(self, constraint: Any) -> None:  # noqa: ANN401
         self.problem += constraint
@@ -118,26 +131,32 @@ class Model:
         for g in self.splits:
             self._add(rates[g] <= self.max_rate[g] * self.y[g])
             self._add(rates[g] >= self.y[g] / MAX_PERIOD)
+        self.z = [self._binary(f"z_{b}") for b in range(len(instance.nodes_of_forms))]
+        choice = {i: self.z[b] for b, held in enumerate(instance.nodes_of_forms) for i in held}
+        self.idle = {i: 1 - choice[i] for i in instance.idle_nodes}
         for i in self.nodes:
             shares = instance.shares[i]
             x = {a: self._binary(f"x_{i}_{a}") for a in shares}
-            w = {
-                (g, a): pulp.LpVariable(f"w_{i}_{g}_{a}", 0, self.max_rate[g])
-                for g in self.splits
-                for a in shares
-            }
-            self._add(pulp.lpSum(x.values()) == 1)
-            for g in self.splits:
-                self._add(pulp.lpSum(w[g, a] for a in shares) == rates[g])
-            for a in shares:
-                self._add(pulp.lpSum(w[g, a] for g in self.splits) <= best * x[a])
-            free |= {(i, g): w[g, 0] for g in self.splits if 0 in shares}
+            w = {(g, a): self._rate(f"w_{i}_{g}_{a}", g) for g in self.splits for a in shares}
             part = {key: instance.duration_us[i, *key] / self.unit_us for key in w}
+            other = {key: self._rate("v_{}_{}_{}".format(i, *key), key[0]) for key in w}
+            other = {key: v for key, v in other.items() if (i, *key) in instance.form_us}
+            parts = {key: instance.form_us[i, *key] / self.unit_us for key in other}
+            if i in choice:
+                self._add(pulp.lpSum(other.values()) <= best * choice[i])
+                self._add(pulp.lpSum(w.values()) <= best * (1 - choice[i]))
+            self._add(pulp.lpSum(x.values()) == 1)
+            every = [*w.items(), *other.items()]
+            for g in self.splits:
+                self._add(pulp.lpSum(v for key, v in every if key[0] == g) == rates[g])
+            for a in shares:
+                self._add(pulp.lpSum(v for key, v in every if key[1] == a) <= best * x[a])
+            free |= {(i, g): w[g, 0] for g in self.splits if 0 in shares}
+            terms = [(key[1], part[key] * w[key]) for key in w if part[key]]
+            terms += [(key[1], parts[key] * other[key]) for key in other if parts[key]]
             self.x.append(x)
-            self.delta.append(pulp.lpSum(part[key] * w[key] for key in w if part[key]))
-            self.area.append(
-                pulp.lpSum(key[1] / instance.num_sms * part[key] * w[key] for key in w if part[key])
-            )
+            self.delta.append(pulp.lpSum(term for _, term in terms))
+            self.area.append(pulp.lpSum(a / instance.num_sms * term for a, term in terms))
 
         for (i, j, g), us in instance.sum_us.items():
             self.delta[i] += us / self.unit_us * free[j, g]
@@ -189,6 +208,7 @@ class Model:
         self.num_integers += 1
         m = self.pulp.LpVariable(f"m_{i}_{j}", -2, 2, cat="Integer")
         self.turns[i, j] = m
+        unless = unless + self.idle.get(i, 0) + self.idle.get(j, 0)
         self._add(self.start[i] + self.delta[i] <= self.start[j] + m + unless)
         self._add(self.start[j] + m + self.delta[j] <= self.start[i] + 1 + unless)
 
@@ -225,6 +245,7 @@ class Model:
     def start_values(self, start: Start) -> dict[str, float]:
         """Integer variables as a known schedule has them; nodes without rows are left open."""
         values = {self.y[g].name: float(g == start.split) for g in self.splits}
+        values |= {z.name: float(b in start.in_form_1) for b, z in enumerate(self.z)}
         for i, share in start.share.items():
             if share in self.x[i]:
                 values |= {x.name: float(a == share) for a, x in self.x[i].items()}
@@ -293,6 +314,7 @@ class Model:
             split=max(self.splits, key=lambda g: self.y[g].varValue),
             start=tuple(float(start.varValue or 0.0) for start in self.start),
             share=tuple(max(xs, key=lambda a: xs[a].varValue) for xs in self.x),
+            is_form_1=tuple(z.varValue > 0.5 for z in self.z),
         )
 
 
@@ -321,45 +343,6 @@ def _highs(values: dict[str, float]) -> Any:  # noqa: ANN401
                 return pulp.LpStatusNotSolved, pulp.LpSolutionNoSolutionFound
 
     return StartedHighs
-
-
-def _path_distances(instance: Instance) -> list[list[float]]:
-    """Least layer distance of any path of dependencies between two nodes."""
-    nodes = range(len(instance.lanes))
-    distance = [[0.0 if i == j else float("inf") for j in nodes] for i in nodes]
-    for edge in instance.edges:
-        known = distance[edge.before][edge.after]
-        distance[edge.before][edge.after] = min(known, edge.layer_distance)
-    for k in nodes:
-        for i in nodes:
-            for j in nodes:
-                distance[i][j] = min(distance[i][j], distance[i][k] + distance[k][j])
-    return distance
-
-
-def _sequential_us(instance: Instance, split: int) -> float:
-    """All nodes one after the other, each on its fastest share."""
-    return sum(
-        min(instance.duration_us[i, split, a] for a in shares)
-        for i, shares in enumerate(instance.shares)
-    )
-
-
-def _area_us(instance: Instance, split: int) -> float:
-    """SM-time of all nodes at their most economical shares, over all SMs."""
-    return sum(
-        min(a * instance.duration_us[i, split, a] for a in shares) / instance.num_sms
-        for i, shares in enumerate(instance.shares)
-    )
-
-
-def _least_us(instance: Instance, split: int) -> float:
-    """A period that no choice of this split can beat."""
-    lanes: dict[str, float] = {}
-    for i, shares in enumerate(instance.shares):
-        least = min(instance.duration_us[i, split, a] for a in shares)
-        lanes[instance.lanes[i]] = lanes.get(instance.lanes[i], 0.0) + least
-    return max(_area_us(instance, split), instance.floor_us[split], *lanes.values())
 
 
 def phases(solution: Solution) -> list[tuple[float, int]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 
-from ..runtime.op_graph import GEMM_KINDS, Op, OpGraph, RowMix
+from ..runtime.op_graph import GEMM_KINDS, Op, OpGraph, OutputForm, RowMix
 from ..runtime.plan import NanoBatch
 from ..search_spaces.schema import HardwareSpec, RowOrder, SearchSpace
 from .bounds import power_floor_us
@@ -74,7 +74,7 @@ class Instance:
     edges: tuple[Edge, ...]
     num_splits: int
     duration_us: dict[tuple[int, int, int], float]
-    """(node, split, share) -> us; 0 when the node has no rows."""
+    """(node, split, share) -> us; 0 when the node has no rows, or nothing to do in form 0."""
     floor_us: tuple[float, ...]
     """Least period of each split that the power cap allows."""
     sum_us: dict[tuple[int, int, int], float] = field(
@@ -82,6 +82,14 @@ class Instance:
     )
     """(node, collective's node, split) -> us that the node takes longer when the collective takes
     no SMs and leaves the sum to it."""
+    nodes_of_forms: tuple[tuple[int, ...], ...] = ()
+    """By nano-batch that may take form 1 instead of 0: nodes that take another time in it."""
+    form_us: dict[tuple[int, int, int], float] = field(
+        default_factory=dict[tuple[int, int, int], float]
+    )
+    """`duration_us` in form 1, of those nodes; shares that a node lacks in it are left out."""
+    idle_nodes: frozenset[int] = frozenset()
+    """Nodes that have nothing to do in form 0."""
 
 
 def split_candidates(space: SearchSpace, mix: RowMix, least_batches: int = 1) -> tuple[Split, ...]:
@@ -170,8 +178,11 @@ def build_instance(
         for m in macros
     }
     duration_us: dict[tuple[int, int, int], float] = {}
+    form_us: dict[tuple[int, int, int], float] = {}
     sum_us: dict[tuple[int, int, int], float] = {}
     sums = _sums(macros, graph) if is_free else {}
+    formed = [index for index, macro in enumerate(macros) if macro.others]
+    assert len(graph.alternatives) <= 1, "the model has two forms at most"
     floors_us: list[float] = []
     for split_index, split in enumerate(splits):
         held = split_batches(split.sizes, split.row_order, mix)
@@ -183,7 +194,12 @@ def build_instance(
                 node = batch_index * len(macros) + macro_index
                 for share in shares[macro.lane]:
                     key = node, split_index, share
-                    duration_us[key] = _macro_us(macro, batch, mix, share, cost_model, graph)
+                    own = _macro_us(macro, macro.ops, batch, mix, share, cost_model, graph)
+                    assert own is not None, "every share of the list has a variant"
+                    duration_us[key] = own
+                    for _, ops in macro.others:
+                        us = _macro_us(macro, ops, batch, mix, share, cost_model, graph)
+                        form_us |= {} if us is None else {key: us}
             for collective, (macro_index, norm) in sums.items():
                 first = batch_index * len(macros)
                 key = first + macro_index, first + collective, split_index
@@ -198,6 +214,18 @@ def build_instance(
         duration_us=duration_us,
         floor_us=tuple(floors_us),
         sum_us=sum_us,
+        nodes_of_forms=tuple(
+            tuple(batch * len(macros) + index for index in formed) for batch in range(num_batches)
+        )
+        if formed
+        else (),
+        form_us=form_us,
+        idle_nodes=frozenset(
+            batch * len(macros) + index
+            for batch in range(num_batches)
+            for index in formed
+            if not macros[index].ops
+        ),
     )
 
 
@@ -206,7 +234,7 @@ def _sums(macros: Sequence[MacroOp], graph: OpGraph) -> dict[int, tuple[int, Op]
     home = {op.name: index for index, macro in enumerate(macros) for op in macro.ops}
     found: dict[int, tuple[int, Op]] = {}
     for index, macro in enumerate(macros):
-        if macro.lane == NETWORK:
+        if macro.lane == NETWORK and macro.ops:
             norm = norm_behind(macro.ops[-1], graph)
             found[index] = home[norm.name], norm
     return found
@@ -238,25 +266,37 @@ def _power_floor_us(
         return 0.0
     joules = 0.0
     for batch in batches:
-        for op in graph.layer:
-            cost = cost_model.best(op, batch_mix(batch, mix), num_sms)[1]
-            joules += max(0.0, cost.joules - energy.static_w * cost.us * 1e-6)
+        rows = batch_mix(batch, mix)
+        joules += min(
+            sum(
+                max(0.0, cost.joules - energy.static_w * cost.us * 1e-6)
+                for op in graph.in_form(form).layer
+                for cost in (cost_model.best(op, rows, num_sms)[1],)
+            )
+            for form in graph.forms
+        )
     return power_floor_us(joules, cost_model.hardware, energy)
 
 
 def _macro_us(
     macro: MacroOp,
+    ops: Sequence[Op],
     batch: NanoBatch | None,
     mix: RowMix,
     share: int,
     cost_model: CostModel,
     graph: OpGraph,
-) -> float:
-    """Solo times at their fastest variants, the mean slowdown beside other lanes, one sync."""
+) -> float | None:
+    """Solo times at their fastest variants, the mean slowdown beside other lanes, one sync.
+
+    None where one of the ops has no variant on that share.
+    """
+    if any(not cost_model.variants(op, share) for op in ops):
+        return None
     if batch is None:
         return 0.0
     rows, total_us = batch_mix(batch, mix), 0.0
-    for op in macro.ops:
+    for op in ops:
         us = cost_model.best(op, rows, share)[1].us
         total_us += us * mean_slowdown(op, share, cost_model, graph)
     is_alone = share == cost_model.hardware.num_sms and macro.lane != NETWORK
@@ -280,3 +320,8 @@ def _typical_ops(graph: OpGraph) -> tuple[Op, ...]:
     heaviest = sorted(gemms, key=lambda op: op.weight_elements)[-1:]
     others = {op.kind: op for op in graph.layer if lane_of(op) != COMPUTE}
     return (*heaviest, *others.values())
+
+
+def forms_of(graph: OpGraph, is_form_1: Sequence[bool]) -> tuple[OutputForm, ...]:
+    """The forms of nano-batches by their names."""
+    return tuple(graph.forms[int(is_other)] for is_other in is_form_1)

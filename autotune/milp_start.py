@@ -12,6 +12,7 @@ from math import ceil
 
 from ..runtime.op_graph import OpGraph, RowMix
 from ..runtime.plan import Schedule
+from ..runtime.schedule import output_forms
 from .cost_model import CostModel
 from .milp_input import Split
 from .patterns import macro_ops
@@ -29,6 +30,8 @@ class Start:
     share: dict[int, int]
     span: dict[int, tuple[float, float]]
     """(start, end) of layer 0 of each node that has rows."""
+    in_form_1: frozenset[int] = frozenset()
+    """Nano-batches that take form 1, where they may choose."""
 
     def turn(self, i: int, j: int) -> int:
         """Whole periods that put the start of j behind that of i and before its next one."""
@@ -64,7 +67,7 @@ def _read(
     layer, count = schedule.max_stage + 3, 2 * schedule.max_stage + 7
     events = Simulator(schedule, graph, cost_model, mix).events(min(count, 60))
     macros = macro_ops(graph)
-    home = {op.name: index for index, macro in enumerate(macros) for op in macro.ops}
+    home = {op.name: index for index, macro in enumerate(macros) for op in macro.all_ops}
     batch_of = {batch.tokens: index for index, batch in enumerate(schedule.nano_batches)}
     spans: dict[int, dict[int, tuple[float, float]]] = {layer: {}, layer + 1: {}}
     share: dict[int, int] = {}
@@ -82,4 +85,9 @@ def _read(
         node: ((begin - zero_us) / period_us, (end - zero_us) / period_us)
         for node, (begin, end) in spans[layer].items()
     }
-    return Start(split=split_index, share=share, span=span)
+    formed = frozenset(
+        batch
+        for batch, forms in enumerate(output_forms(schedule, graph))
+        if forms[0] != graph.forms[0]
+    )
+    return Start(split=split_index, share=share, span=span, in_form_1=formed)

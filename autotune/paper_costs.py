@@ -13,8 +13,8 @@ slowdown applies. What is simpler here than on a GPU:
   nothing, while the paper's nano-batches without overlap are 8 to 12 % slower than unsplit;
 - norms, rotary embedding, activation, embedding, LM head and sampling take no time, as in the
   paper's search;
-- collectives are two equal all-reduces a layer; the paper may take two all-gathers for the first,
-  which move as many bytes.
+- the time of collectives is divided by the bytes they send: half of it goes to each all-reduce, a
+  quarter to each of the two all-gathers that may stand for the first.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ TABLE_2_MS = {
     "down": 34.96,
     "decode_attention": 35.60,
     "prefill_attention": 4.56,
+    "attn_all_gather": 47.92 / 4,
+    "o_proj_columns": 16.01,
+    "o_all_gather": 47.92 / 4,
     "attn_all_reduce": 47.92 / 2,
     "ffn_all_reduce": 47.92 / 2,
 }

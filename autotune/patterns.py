@@ -6,6 +6,14 @@ The search places macro ops; a schedule lists their ops. A macro op holds at mos
     kqv | decode_attention | prefill_attention | o_proj | (all-reduce) | up_gate | down |
     (all-reduce)
 
+Where rows may take another form (`op_graph.Alternative`), a macro op stands for the ops of each:
+
+    form of the rows  ...            |                   |               |
+    all_reduce                       |                   | o_proj        | attn_all_reduce
+    all_gather                       |  attn_all_gather  | o_proj_columns| o_all_gather
+
+so that orders of macro ops hold for all forms, and each nano-batch takes one of them.
+
 Lanes: `compute` for everything that is neither decode attention (`memory`) nor a collective
 (`network`). Decode attention on all SMs is on the compute lane too: beside it nothing could run
 but what takes no SMs.
@@ -19,8 +27,9 @@ from functools import cache
 from itertools import accumulate
 
 from ..runtime.legality import serialize_conflicts
-from ..runtime.op_graph import GEMM_KINDS, Dependency, Op, OpGraph, RowMix
+from ..runtime.op_graph import GEMM_KINDS, Dependency, Op, OpGraph, OutputForm, RowMix
 from ..runtime.plan import Lane, NanoBatch, NanoOp, Schedule
+from ..runtime.schedule import IllegalScheduleError
 from ..search_spaces.schema import HardwareSpec, RowOrder, SearchSpace
 from .cost_model import CostModel
 from .power_model import Price
@@ -69,14 +78,32 @@ class MacroOp:
     """Ops that run back to back on one lane and one share."""
 
     ops: tuple[Op, ...]
+    """Of rows that have the layer's own form; none where only others have something to do."""
     lane: Lane
     needs: tuple[Need, ...]
+    others: tuple[tuple[OutputForm, tuple[Op, ...]], ...] = ()
+    """What rows of other forms do here, where it is something else."""
 
     @property
     def name(self) -> str:
         """Its heaviest op: the last GEMM, or simply the last."""
-        gemms = [op.name for op in self.ops if op.kind in GEMM_KINDS]
-        return (gemms or [op.name for op in self.ops])[-1]
+        ops = self.any_ops
+        gemms = [op.name for op in ops if op.kind in GEMM_KINDS]
+        return (gemms or [op.name for op in ops])[-1]
+
+    @property
+    def any_ops(self) -> tuple[Op, ...]:
+        """The layer's own, else those of the first other form."""
+        return self.ops or self.others[0][1]
+
+    @property
+    def all_ops(self) -> tuple[Op, ...]:
+        """Those of all forms."""
+        return self.ops + tuple(op for _, ops in self.others for op in ops)
+
+    def ops_of(self, form: OutputForm) -> tuple[Op, ...]:
+        """What rows of a form do here, perhaps nothing."""
+        return dict(self.others).get(form, self.ops)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +118,9 @@ class Placed:
 
 def lane_of(op: Op) -> Lane:
     """The lane of an op, by its kind."""
-    return {"decode_attention": MEMORY, "all_reduce": NETWORK}.get(op.kind, COMPUTE)
+    if op.kind == "decode_attention":
+        return MEMORY
+    return NETWORK if op.kind in ("all_reduce", "all_gather") else COMPUTE
 
 
 def _extends(group: Sequence[Op], op: Op, graph: OpGraph) -> bool:
@@ -121,17 +150,47 @@ def macro_ops(graph: OpGraph) -> tuple[MacroOp, ...]:
             groups[-1].append(op)
         else:
             groups.append([op])
-    home = {op.name: index for index, group in enumerate(groups) for op in group}
+    slots = _with_alternatives([_Slot(tuple(group), ()) for group in groups], graph)
+    home = {op.name: index for index, slot in enumerate(slots) for op in slot.all_ops}
     macros: list[MacroOp] = []
-    for index, group in enumerate(groups):
-        needs = [
+    for index, slot in enumerate(slots):
+        needs = dict.fromkeys(
             Need(macro=home[on.op], layer_distance=on.layer_distance, reach=on.reach)
-            for op in group
+            for op in slot.all_ops
             for on in op.dependencies
             if home[on.op] != index or on.layer_distance
-        ]
-        macros.append(MacroOp(ops=tuple(group), lane=lane_of(group[0]), needs=tuple(needs)))
+        )
+        lane = lane_of(slot.all_ops[0])
+        macros.append(MacroOp(ops=slot.ops, lane=lane, needs=tuple(needs), others=slot.others))
     return tuple(macros)
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """A macro op before it is known what it needs."""
+
+    ops: tuple[Op, ...]
+    others: tuple[tuple[OutputForm, tuple[Op, ...]], ...]
+
+    @property
+    def all_ops(self) -> tuple[Op, ...]:
+        return self.ops + tuple(op for _, ops in self.others for op in ops)
+
+
+def _with_alternatives(slots: list[_Slot], graph: OpGraph) -> list[_Slot]:
+    """Each chain's ops beside those that they replace, from the last one on.
+
+    Ops that are left over at its start get places of their own, before.
+    """
+    for chain in graph.alternatives:
+        heads = [slot.ops[0].name if slot.ops else "" for slot in slots]
+        first, count = heads.index(chain.replaces[0]), len(chain.replaces)
+        early = chain.ops[: len(chain.ops) - count]
+        beside = zip(slots[first : first + count], chain.ops[len(early) :], strict=True)
+        changed = [_Slot(s.ops, (*s.others, (chain.form, (op,)))) for s, op in beside]
+        own = [_Slot((), ((chain.form, (op,)),)) for op in early]
+        slots = [*slots[:first], *own, *changed, *slots[first + count :]]
+    return slots
 
 
 def split_batches(sizes: Sequence[int], row_order: RowOrder, mix: RowMix) -> tuple[NanoBatch, ...]:
@@ -175,12 +234,17 @@ def build_schedule(
     variants: Mapping[str, str] | None = None,
     single_lane: bool = False,
     price: Price | None = None,
+    forms: Sequence[OutputForm] = (),
 ) -> Schedule:
     """Write down one period, each op with its cheapest variant unless `variants` names one.
 
-    Cheapest at the batch's price of a joule, unless `price` is another: where the power cap does
-    not bind, the fastest. A variant that cannot run on the op's share is not taken. What could run
-    at once on too many SMs is put in order with `after`.
+    `forms` are those of the nano-batches, by default the layer's own. Cheapest at the batch's price
+    of a joule, unless `price` is another: where the power cap does not bind, the fastest. A variant
+    that cannot run on the op's share is not taken. What could run at once on too many SMs is put in
+    order with `after`.
+
+    Raises:
+        IllegalScheduleError: no order helps, or an op has no variant that goes without SMs.
     """
     macros, chosen = macro_ops(graph), variants or {}
     price = price or cost_model.price(graph, mix)
@@ -190,7 +254,9 @@ def build_schedule(
         macro, batch = macros[place.macro], batches[place.batch]
         rows = batch_mix(batch, mix)
         is_whole = macro.lane == MEMORY and place.num_sms == num_sms
-        for op in macro.ops:
+        for op in macro.ops_of(forms[place.batch] if forms else graph.forms[0]):
+            if not cost_model.variants(op, place.num_sms):
+                raise IllegalScheduleError(f"no variant of {op.name} goes without SMs")
             variant = chosen.get(op.name)
             if variant is None or variant not in cost_model.variants(op, place.num_sms):
                 variant = cost_model.cheapest(op, rows, (place.num_sms,), price)[0]

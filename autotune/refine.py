@@ -228,7 +228,7 @@ class Family:
                     f"sms.{_place_name(self.graph, place)}": place.num_sms
                     for place in self.structure
                 }
-                taken = [forms[0] for forms in output_forms(schedule, self.graph)]
+                taken: list[OutputForm] = [f[0] for f in output_forms(schedule, self.graph)]
                 own = {"structure": "milp", "first_tokens": first, "row_order": order}
                 return own | self._form_parameters(taken) | shares
         return {}

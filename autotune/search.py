@@ -11,9 +11,8 @@ schedule is reported either way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
 from ..runtime.legality import check
 from ..runtime.op_graph import OpGraph, RowMix
@@ -22,13 +21,10 @@ from ..runtime.schedule import IllegalScheduleError
 from ..search_spaces.schema import HardwareSpec, SearchSpace
 from .baselines import (
     PingPongChoice,
-    PingPongOrder,
     equal_split,
     equal_split_choice,
     nano_only,
-    ping_pong,
     sequential,
-    whole_gpu_choice,
 )
 from .bounds import lower_bound_us, power_limit_of, what_binds
 from .certificate import MOST_BATCHES, SpaceBound, space_bound
@@ -36,7 +32,7 @@ from .cost_model import CostModel
 from .hardware_loop import Measure, refine_on_hardware
 from .many_batches import round_robins
 from .milp import Certificate
-from .patterns import COMPUTE, MEMORY, NETWORK
+from .ping_pong_grid import best_of_grid
 from .profile_faults import profile_warnings
 from .race import best_overlapped, distinct, pick_winner, summary, why_it_won
 from .race import overlaps as overlaps
@@ -137,55 +133,13 @@ class _Search:
             structure=placed,
         )
 
-    def _ping_pong_grid(self) -> Iterator[PingPongChoice]:
-        """Half splits, all orders and shares that fit."""
-        family, num_sms = self.family(), self.hardware.num_sms
-        half = min(family.first_tokens(), key=lambda n: abs(2 * n - self.mix.tokens))
-        if family.is_sm_free:
-            for rows in self.space.row_orders:
-                yield whole_gpu_choice(half, rows, num_sms)
-        orders: tuple[PingPongOrder, ...] = ("blocks", "interleaved")
-        shares = product(*(family.shares(lane) for lane in (COMPUTE, MEMORY, NETWORK)))
-        for (compute, memory, network), rows, order in product(
-            shares, self.space.row_orders, orders
-        ):
-            if compute + max(memory, network) > num_sms:
-                continue
-            yield PingPongChoice(
-                first_tokens=half,
-                row_order=rows,
-                compute_sms=compute,
-                memory_sms=memory,
-                network_sms=network,
-                order=order,
-            )
-
     def best_ping_pongs(self) -> list[PingPongChoice]:
-        """Best members of a coarse grid: half splits, all orders and shares that fit.
-
-        Two where collectives can go without SMs, best first: the best on partitions, and the best
-        on the whole GPU, as how much that one hides is better measured than predicted.
-        """
-        found: list[tuple[PingPongChoice, Candidate]] = []
-        for choice in self._ping_pong_grid():
-            is_whole = choice.order == "alternating"
-            name = "overlapped_whole_gpu" if is_whole else "overlapped_ping_pong"
-            try:
-                schedule = ping_pong(self.graph, self.cost_model, self.mix, choice, name)
-            except IllegalScheduleError:
-                continue  # its shares find no places, in any order
-            if not self.is_legal(schedule):
-                continue
-            timing = predict(schedule, self.graph, self.cost_model, self.mix)
-            found.append((choice, Candidate(schedule=schedule, predicted=timing)))
+        """Best members of a coarse grid, best first; they enter the race."""
+        found = best_of_grid(self.family())
         if not found:
-            choice = equal_split_choice(self.graph, self.mix, self.hardware, self.space)
-            return [choice]
-        found.sort(key=lambda pair: pair[1].predicted.period_us)
-        names = dict.fromkeys(candidate.schedule.name for _, candidate in found)
-        best = [next(pair for pair in found if pair[1].schedule.name == name) for name in names]
-        self.tried += [candidate for _, candidate in best]
-        return [choice for choice, _ in best]
+            return [equal_split_choice(self.graph, self.mix, self.hardware, self.space)]
+        self.tried += [candidate for _, candidate in found]
+        return [choice for choice, _ in found]
 
     def structures(self, known: Sequence[Candidate]) -> tuple[Schedule | None, Certificate]:
         """The MILP's schedule; solved again for two nano-batches if it prefers one.

@@ -12,7 +12,7 @@ from ..search_spaces.schema import SearchSpace
 from .cost_model import CostModel
 from .milp import Certificate, Model, Solution, issue_order, phases
 from .milp_agreement import agreement
-from .milp_input import Split, build_instance, split_candidates
+from .milp_input import Split, build_instance, forms_of, split_candidates
 from .milp_start import start_from
 from .patterns import Placed, batch_mix, build_schedule, macro_ops, split_batches
 
@@ -73,8 +73,12 @@ def schedule_of(
     macros, placed = macro_ops(graph), phases(solution)
     batches = split_batches(split.sizes, split.row_order, mix)
     nodes = [(batch, macro) for batch in range(len(split.sizes)) for macro in range(len(macros))]
+    chosen = solution.is_form_1 or (False,) * len(split.sizes)
+    forms = forms_of(graph, chosen)
     rows = [
-        macros[macro].ops[0].rows(batch_mix(batches[batch], mix)) if split.sizes[batch] else 0
+        sum(op.rows(batch_mix(batches[batch], mix)) for op in macros[macro].ops_of(forms[batch]))
+        if split.sizes[batch]
+        else 0
         for batch, macro in nodes
     ]
     empty = {node for node, count in enumerate(rows) if not count}
@@ -89,6 +93,6 @@ def schedule_of(
         if split.sizes[nodes[node][0]]
     ]
     name = "overlapped_milp" if len(batches) > 1 else "single_batch_milp"
-    schedule = build_schedule(name, cost_model, graph, mix, batches, places)
+    schedule = build_schedule(name, cost_model, graph, mix, batches, places, forms=forms)
     is_in_turn = len(batches) > 1 and not schedule.is_overlapped
     return replace(schedule, name="nano_only_milp") if is_in_turn else schedule

@@ -22,9 +22,10 @@ COSTS = CostModel(linear_profile(*GRAPHS.values()), h200())
 
 def test_macro_ops_are_chains_with_at_most_one_gemm():
     names = {tp: [macro.name for macro in macro_ops(graph)] for tp, graph in GRAPHS.items()}
-    attention = ["kqv", "decode_attention", "prefill_attention", "o_proj"]
-    assert names[1] == [*attention, "up_gate", "down"]
-    assert names[2] == [*attention, "attn_all_reduce", "up_gate", "down", "ffn_all_reduce"]
+    attention, ffn = ["kqv", "decode_attention", "prefill_attention"], ["up_gate", "down"]
+    assert names[1] == [*attention, "o_proj", *ffn]
+    output = ["attn_all_gather", "o_proj", "attn_all_reduce"]
+    assert names[2] == [*attention, *output, *ffn, "ffn_all_reduce"]
 
 
 @pytest.mark.parametrize("tp_degree", [1, 2])
