@@ -15,6 +15,7 @@ Shape legend: R logit rows, N slots, P pages of a request.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -143,6 +144,9 @@ class ModelRunner:
                 rooms = {self._room(rows, count + 1) for count in range(rows)}
                 for num_logits in sorted(rooms, reverse=True):
                     self._bind(choice.key, num_logits)
+        # What lives from now on is for good: looking through all of it takes longer than a step.
+        gc.collect()
+        gc.freeze()
         return len(self._bound)
 
     def reset(self) -> None:

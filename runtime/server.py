@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 DONE, CRASH, BAD_INPUT = 0, 1, 2
 KEY_VARIABLE = "NANOFLOW_API_KEY"
+_SWITCH_S = 2e-4
+"""The engine's thread gives the interpreter away at each of its launches; by Python's default of
+5 ms, a thread that writes replies would let it wait for longer than a step takes."""
 _NEEDED = ("fastapi", "uvicorn", "pydantic", "prometheus_client", "transformers", "safetensors")
 
 
@@ -244,6 +247,7 @@ def serve_http(options: argparse.Namespace, text: ChatText | None, engine: Engin
     from .http_server import HttpServer
     from .openai_api import ApiOptions, OpenAiApi
 
+    sys.setswitchinterval(_SWITCH_S)
     name = options.model_name or engine.model_name
     api_options = ApiOptions(
         model_name=name,
