@@ -28,7 +28,7 @@ from nanoflow_tune.autotune.simulator import predict
 from nanoflow_tune.profiler.rank_jobs import IterationCase
 from nanoflow_tune.profiler.store import load_profile, profile_files
 from nanoflow_tune.runtime.op_graph import GEMM_KINDS, OpGraph, RowMix
-from nanoflow_tune.runtime.plan import Schedule
+from nanoflow_tune.runtime.plan import Schedule, Timing
 from nanoflow_tune.search_spaces.loader import load_hardware, load_model, load_space
 from nanoflow_tune.search_spaces.records import from_mapping, to_mapping
 from nanoflow_tune.search_spaces.schema import HardwareSpec
@@ -156,9 +156,13 @@ class Predictor:
         space, hardware = load_space("quick"), self.iteration.hardware
         return search(self.graph, self.cost_model, hardware, space, MIX, seed=0, on_progress=say)
 
+    def timing(self, schedule: Schedule) -> Timing:
+        """What a whole iteration of a schedule takes."""
+        return predict(schedule, self.graph, self.cost_model, MIX)
+
     def predict(self, schedule: Schedule) -> Prediction:
         """What a layer of a schedule takes."""
-        whole = predict(schedule, self.graph, self.cost_model, MIX)
+        whole = self.timing(schedule)
         few = predict(schedule, self._few_graph, self.cost_model, MIX)
         return Prediction(
             schedule=schedule,

@@ -32,6 +32,8 @@ from .power import PowerMeter
 from .rank_jobs import IterationCase
 from .timing import timed_replays
 
+CLEARLY_WORSE = 0.1
+"""More than a card's drift within a run can make of equal schedules."""
 WARM_S = 1.0
 """Of replays before the first turn; each turn warms for an eighth of itself besides."""
 
@@ -140,18 +142,35 @@ def measure_schedules(
 ) -> list[Timing]:
     """Time each schedule over `rounds` interleaved turns of about `turn_s` seconds.
 
+    One that is slower than the fastest by more than `CLEARLY_WORSE` after half of the rounds has
+    no more turns.
+
     Returns:
         One timing per schedule; watts and clocks are this rank's, joules of this rank's GPU.
     """
     loaded = _loaded_for(ctx, case, schedules)
-    executors = [_captured(ctx, loaded, schedule) for schedule in schedules]
+    compile_ahead(schedules, loaded.graph)
+    executors: list[Executor] = []
+    for schedule in schedules:
+        first = executors[0] if executors else None
+        executors.append(_captured(ctx, loaded, schedule, first))
     counts = _agree([_iterations_of(executor, turn_s) for executor in executors])
     turns = [_Turns() for _ in executors]
     _warm(executors, counts, turn_s)
-    for _ in range(rounds):
-        for executor, count, turn in zip(executors, counts, turns, strict=True):
-            _take_turn(loaded.meter, executor, count, turn)
+    running = list(range(len(executors)))
+    for done in range(rounds):
+        if done == max(1, rounds // 2):
+            medians_us = [statistics.median(turn.times_us) for turn in turns]
+            running = _agree(close_to_fastest(medians_us))
+        for index in running:
+            _take_turn(loaded.meter, executors[index], counts[index], turns[index])
     return [_timing(turn) for turn in turns]
+
+
+def close_to_fastest(medians_us: Sequence[float]) -> list[int]:
+    """Which of some schedules are not clearly worse than the fastest."""
+    limit_us = (1 + CLEARLY_WORSE) * min(medians_us, default=0.0)
+    return [index for index, us in enumerate(medians_us) if us <= limit_us]
 
 
 def measure_layers(
