@@ -27,6 +27,7 @@ from nanoflow_tune.autotune.provenance import commit as this_commit
 from nanoflow_tune.autotune.simulator import predict
 from nanoflow_tune.profiler.rank_jobs import IterationCase
 from nanoflow_tune.profiler.store import load_profile, profile_files
+from nanoflow_tune.runtime.launch import RankGroup
 from nanoflow_tune.runtime.op_graph import GEMM_KINDS, OpGraph, RowMix
 from nanoflow_tune.runtime.plan import Schedule, Timing
 from nanoflow_tune.search_spaces.loader import load_hardware, load_model, load_space
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from nanoflow_tune.profiler.iteration import LayerTurns
     from nanoflow_tune.runtime.launch import RankContext
 
+RANK_TIMEOUT_S = 300.0
 LAYERS, FEW_LAYERS = 16, 4
 VOCABULARY = 2048
 """Of the measured model: its LM head cancels out, and should take little time before it does."""
@@ -215,10 +217,19 @@ def measure_turns(
     rounds: int,
     turn_s: float,
 ) -> list[LayerTurns]:
-    """Runs on every rank."""
+    """Runs on every rank; the first one says how far it is."""
     from nanoflow_tune.profiler import iteration
 
-    return iteration.measure_layers(ctx, case, schedules, rounds, turn_s, FEW_LAYERS)
+    def tell(text: str) -> None:
+        if ctx.rank == 0:
+            say(f"(rank 0) {text}")
+
+    return iteration.measure_layers(ctx, case, schedules, rounds, turn_s, FEW_LAYERS, tell)
+
+
+def gpu_ranks(case: LayerCase) -> RankGroup:
+    """One rank for each GPU of the case; a hung one ends the run while device time is left."""
+    return RankGroup(case.tp_degree, device="cuda", timeout_s=RANK_TIMEOUT_S)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -28,6 +28,7 @@ from layer_cases import (
     Predictor,
     add_arguments,
     case_of,
+    gpu_ranks,
     iteration_case,
     load_forecast,
     measure_turns,
@@ -206,7 +207,7 @@ def measure(
     """
     iteration = iteration_case(case, hardware)
     graph = OpGraph.build(iteration.model, case.tp_degree)
-    with RankGroup(case.tp_degree, device="cuda") as ranks:
+    with gpu_ranks(case) as ranks:
         say(f"{len(schedules)} schedules on {case.tp_degree} GPU(s)")
         race = ranks.call(measure_turns, iteration, tuple(schedules), RACE_ROUNDS, RACE_TURN_S)[0]
         for schedule, turns in zip(schedules, race, strict=True):

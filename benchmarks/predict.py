@@ -31,6 +31,7 @@ from layer_cases import (
     Predictor,
     add_arguments,
     case_of,
+    gpu_ranks,
     iteration_case,
     load_forecast,
     measure_turns,
@@ -42,7 +43,6 @@ from layer_cases import (
 )
 
 from nanoflow_tune.autotune.provenance import commit as this_commit
-from nanoflow_tune.runtime.launch import RankGroup
 from nanoflow_tune.runtime.legality import check
 from nanoflow_tune.runtime.plan import Schedule
 from nanoflow_tune.runtime.schedule import IllegalScheduleError
@@ -328,7 +328,7 @@ def measure(
     parts = ROUNDS * (1 + FEW_PART) * (1 + WARM_PART)
     turn_s = seconds / (len(schedules) * parts)
     say(f"{len(schedules)} plans, {ROUNDS} turns of {turn_s:.2f} s each")
-    with RankGroup(case.tp_degree, device="cuda") as ranks:
+    with gpu_ranks(case) as ranks:
         iteration = iteration_case(case, hardware)
         return ranks.call(measure_turns, iteration, schedules, ROUNDS, turn_s)[0]
 

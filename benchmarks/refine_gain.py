@@ -25,6 +25,7 @@ from layer_cases import (
     Predictor,
     add_arguments,
     case_of,
+    gpu_ranks,
     load_forecast,
     measure_turns,
     origin_of,
@@ -159,7 +160,7 @@ def run(
 ) -> FigureRow:
     """Race, loop and final on this machine's GPUs."""
     solved, family = solvers_plan(predictions), family_of(predictor, predictions)
-    with RankGroup(case.tp_degree, device="cuda") as ranks:
+    with gpu_ranks(case) as ranks:
         measure = Measuring(ranks, predictor)
         known = measure_race(measure, predictions)
         until_s = time.monotonic() + seconds

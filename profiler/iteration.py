@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -72,6 +72,10 @@ class LayerTurns:
     sm_clock_mhz: float
     error: str = ""
     """Why it could not run here."""
+
+
+def _silent(_: str) -> None:
+    """Progress nobody reads."""
 
 
 def load_model(ctx: RankContext, case: IterationCase) -> None:
@@ -180,6 +184,7 @@ def measure_layers(
     rounds: int,
     turn_s: float,
     few_layers: int,
+    say: Callable[[str], None] = _silent,
 ) -> list[LayerTurns]:
     """Time one layer within many: the model's iteration less that of its first `few_layers`.
 
@@ -192,13 +197,15 @@ def measure_layers(
         rounds: turns of each.
         turn_s: seconds of a turn of the whole model; the few layers are replayed as often.
         few_layers: layers that are taken off.
+        say: told what this rank is at, in words.
 
     Returns:
         One record per schedule; watts and clocks are this rank's. A schedule that the kernels here
         refuse, on all ranks alike, has an error instead of times.
     """
     loaded = _loaded_for(ctx, case, schedules)
-    compile_ahead(schedules, loaded.graph)
+    say("weights and KV cache are there")
+    say(f"{compile_ahead(schedules, loaded.graph)} fitted GEMMs compiled")
     few = replace(
         loaded, weights=replace(loaded.weights, layers=loaded.weights.layers[:few_layers])
     )
@@ -208,6 +215,7 @@ def measure_layers(
         pairs.append(_captured_pair(ctx, loaded, few, schedule, first))
         first = first or next((pair[0] for pair in pairs if not isinstance(pair, str)), None)
     executors = [pair for pair in pairs if not isinstance(pair, str)]
+    say(f"{len(executors)} of {len(pairs)} schedules captured")
     counts = _agree([_iterations_of(whole, turn_s) for whole, _ in executors])
     turns = [(_Turns(), _Turns()) for _ in executors]
     _warm([whole for whole, _ in executors], counts, turn_s)
@@ -236,13 +244,28 @@ def _captured_pair(
     schedule: Schedule,
     shares_with: Executor | None,
 ) -> _Pair | str:
-    """Both executors, or why the schedule cannot run."""
+    """Both executors, or why the schedule cannot run on one of the ranks."""
+    pair: _Pair | None = None
+    error = ""
     try:
         whole = _captured(ctx, loaded, schedule, shares_with)
-        return whole, _captured(ctx, few, schedule, shares_with or whole)
+        pair = whole, _captured(ctx, few, schedule, shares_with or whole)
     except (RuntimeError, ValueError) as err:
         torch.cuda.synchronize()  # raises where the context is lost: nothing can run after that
-        return (str(err).splitlines() or [type(err).__name__])[0]
+        error = (str(err).splitlines() or [type(err).__name__])[0]
+    error = next(filter(None, _of_all_ranks(error)), "")
+    return error if pair is None or error else pair
+
+
+def _of_all_ranks(value: str) -> list[str]:
+    """The value of each rank."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _layer_turns(whole: _Turns, few: _Turns, layers: int) -> LayerTurns:

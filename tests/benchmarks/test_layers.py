@@ -102,7 +102,7 @@ def test_the_figures_come_from_the_final_of_the_fastest_of_each_kind(
             us = (110.0 if is_overlapped[place] else 100.0) + place
             return SimpleNamespace(layer_us=(us, us), watts=700.0, sm_clock_mhz=1500.0, error="")
 
-    monkeypatch.setattr(layers, "RankGroup", Ranks)
+    monkeypatch.setattr(layers, "gpu_ranks", Ranks)
     monkeypatch.setattr(layers, "_limit", lambda *_: 50.0)
     origin = {"command": "x", "commit": "abc", "gpu": "a GPU", "date": "2026-01-01"}
     ratio, limit = layers.measure(case, load_hardware("h200"), schedules, origin)

@@ -99,7 +99,7 @@ def test_the_gain_is_the_solvers_layer_over_that_of_the_fastest_measured(
     """The GEMMs that the profile likes best are slower on this card than it says."""
     factors = {"variant gemm sm90": 1.2, "variant gemm_silu sm90_c2": 1.2}
     calls: list[tuple[str, tuple[object, ...]]] = []
-    monkeypatch.setattr(gain, "RankGroup", made_up_ranks(predictor, cases, factors, calls))
+    monkeypatch.setattr(gain, "gpu_ranks", made_up_ranks(predictor, cases, factors, calls))
     monkeypatch.setattr(gain, "MOST_TRIALS", 4)
     row = gain.run(cases.CASES["8b"], predictor, predictions, 60.0, ORIGIN)
     assert (row.id, row.reach, row.unit) == ("refine_gain", ">= 1.00", "x")
