@@ -131,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--requests", type=int, default=2048, help="(%(default)s)")
     add("--max-model-len", type=int, help="longer requests are cut or left out (the model's)")
     add("--books", default="sequential,winner", help=f"of {', '.join(BOOKS)} (%(default)s)")
+    add("--dense-batch", type=int, metavar="ROWS", help="constant dense batch (the plan's own)")
     add("--rounds", type=int, default=1, help="interleaved runs of each book (%(default)s)")
     add("--num-pages", type=int, help="of the KV cache (default: what fits)")
     add("--profile", type=Path, default=Path("results/profiles/h200"), help="for the GEMM peak")
@@ -176,6 +177,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seed=options.seed,
     )
     contenders = [contender(name, graph, plan, hardware) for name in names]
+    if options.dense_batch is not None:
+        for item in contenders:
+            item.book.aim_at(options.dense_batch)
     runs = serve(case, contenders, options.rounds, is_gpu=not options.tiny)
     profile = None if options.tiny else load_profile(profile_files(options.profile))
     peak = gemm_peak(profile, hardware, model.torch_dtype) if not options.tiny else None

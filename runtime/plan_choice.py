@@ -153,6 +153,22 @@ class PlanBook:
         }
         return cls(sequential)
 
+    def aim_at(self, rows: int) -> None:
+        """Make another size the constant dense batch.
+
+        Args:
+            rows: rounded up to a size that there is.
+
+        Raises:
+            ValueError: more than the largest dense batch has, or none.
+        """
+        if not 1 <= rows <= self.max_rows:
+            raise ValueError(
+                f"the constant dense batch must have 1 to {self.max_rows} rows, the most that the "
+                f"plan has a bucket for, but got {rows}: tune with larger --buckets"
+            )
+        self.target_rows = next(size for size in self._sizes if size >= rows)
+
     @property
     def max_rows(self) -> int:
         """Rows of the largest dense batch."""

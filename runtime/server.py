@@ -95,6 +95,12 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--max-model-len", type=_positive, help="tokens of prompt and answer (default: the model's)"
     )
+    add(
+        "--dense-batch",
+        type=_positive,
+        metavar="ROWS",
+        help="tokens that a step computes while there is enough to do (default: the plan's)",
+    )
     add("--max-running", type=_positive, help="requests with a place in the KV cache")
     add("--max-queue", type=_positive, default=4096, help="requests that may wait (%(default)s)")
     add("--kv-cache-gib", type=_positive_float, help="per GPU (default: what is left of it)")
@@ -203,6 +209,7 @@ def read_inputs(
         num_gpus=options.num_gpus,
         device=options.device,
         max_model_len=options.max_model_len,
+        dense_batch=options.dense_batch,
         max_running=options.max_running,
         max_queue=options.max_queue,
         cache_bytes=_bytes(options.kv_cache_gib),

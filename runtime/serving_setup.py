@@ -55,6 +55,8 @@ class ServingOptions:
     num_gpus: int | None = None
     device: DeviceType | None = None
     max_model_len: int | None = None
+    dense_batch: int | None = None
+    """Rows of the constant dense batch."""
     max_running: int | None = None
     max_queue: int = 4096
     cache_bytes: int | None = None
@@ -113,6 +115,8 @@ def prepare(
         say(f"{remark}: only its sequential schedules run")
     graph = OpGraph.build(model, num_gpus)
     book = PlanBook.from_plan(graph, plan, hardware, remark)
+    if options.dense_batch is not None:
+        book.aim_at(options.dense_batch)
     _check_offload(options)
     page_bytes = model.kv_bytes_per_token * plan.page_size // num_gpus
     room = options.cache_bytes or _cache_bytes(model, book.max_rows, num_gpus, device)

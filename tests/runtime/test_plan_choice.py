@@ -87,3 +87,12 @@ def test_the_dense_batch_aims_at_the_plans_own_bucket_whatever_larger_ones_there
     for remark in ("", "close"):
         book = book_of(buckets=buckets, remark=remark)
         assert (book.target_rows, book.max_rows) == (32, 64)
+
+
+def test_the_dense_batch_may_aim_at_another_size():
+    book = book_of(buckets=(bucket(GRAPH, 32, 16), bucket(GRAPH, 64, 32)))
+    book.aim_at(33)
+    assert book.target_rows == 64
+    for rows in (0, 65):
+        with pytest.raises(ValueError, match="must have 1 to 64 rows"):
+            book.aim_at(rows)

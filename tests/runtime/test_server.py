@@ -222,6 +222,7 @@ def test_limits_and_host_memory_reach_the_engine(checkpoint, tmp_path, num_gpus)
     setting = _setting(*flags, *more, "--kv-offload-disk-gib", 7 * gib, "--swap-gib", 0)
     assert setting.config.offload_disk_pages == 7
     assert setting.config.limits.max_swapped_pages == 0
+    assert _setting(*flags, "--dense-batch", 20).book.target_rows == 32
 
 
 def test_pages_of_finished_requests_go_to_the_folder_and_come_back(checkpoint, tmp_path):
