@@ -36,7 +36,7 @@ from nanoflow_tune.search_spaces.schema import HardwareSpec
 
 if TYPE_CHECKING:
     from nanoflow_tune.autotune.search import SearchResult
-    from nanoflow_tune.profiler.iteration import LayerTurns
+    from nanoflow_tune.profiler.layer_turns import LayerTurns
     from nanoflow_tune.runtime.launch import RankContext
 
 RANK_TIMEOUT_S = 300.0
@@ -218,13 +218,13 @@ def measure_turns(
     turn_s: float,
 ) -> list[LayerTurns]:
     """Runs on every rank; the first one says how far it is."""
-    from nanoflow_tune.profiler import iteration
+    from nanoflow_tune.profiler import layer_turns
 
     def tell(text: str) -> None:
         if ctx.rank == 0:
             say(f"(rank 0) {text}")
 
-    return iteration.measure_layers(ctx, case, schedules, rounds, turn_s, FEW_LAYERS, tell)
+    return layer_turns.measure_layers(ctx, case, schedules, rounds, turn_s, FEW_LAYERS, tell)
 
 
 def gpu_ranks(case: LayerCase) -> RankGroup:

@@ -50,7 +50,7 @@ from nanoflow_tune.runtime.schedule import row_mix
 from nanoflow_tune.search_spaces.schema import HardwareSpec
 
 if TYPE_CHECKING:
-    from nanoflow_tune.profiler.iteration import LayerTurns
+    from nanoflow_tune.profiler.layer_turns import LayerTurns
 
 RACE_ROUNDS, RACE_TURN_S = 2, 0.25
 FINAL_ROUNDS, FINAL_TURN_S = 6, 0.5

@@ -50,7 +50,7 @@ from nanoflow_tune.search_spaces.loader import load_space
 from nanoflow_tune.search_spaces.schema import HardwareSpec
 
 if TYPE_CHECKING:
-    from nanoflow_tune.profiler.iteration import LayerTurns
+    from nanoflow_tune.profiler.layer_turns import LayerTurns
 
 NUM_PLANS, LEAST_PLANS = 24, 20
 SLOWEST = 1.4

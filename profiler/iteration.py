@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ WARM_S = 1.0
 
 
 @dataclass(slots=True)
-class _Loaded:
+class Loaded:
     """The model and its KV cache on one rank, kept between calls."""
 
     case: IterationCase
@@ -51,7 +51,7 @@ class _Loaded:
 
 
 @dataclass(slots=True)
-class _Turns:
+class Turns:
     """What one schedule's turns gave on this rank."""
 
     times_us: list[float] = field(default_factory=list[float])
@@ -61,26 +61,9 @@ class _Turns:
     clocks_mhz: list[float] = field(default_factory=list[float])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerTurns:
-    """One layer of a schedule, by round of an interleaved run."""
-
-    layer_us: tuple[float, ...]
-    """Empty where the schedule could not run."""
-    watts: float
-    """Mean while the whole model ran."""
-    sm_clock_mhz: float
-    error: str = ""
-    """Why it could not run here."""
-
-
-def _silent(_: str) -> None:
-    """Progress nobody reads."""
-
-
 def load_model(ctx: RankContext, case: IterationCase) -> None:
     """Put the model's weights and a full KV cache on this rank's GPU, once per case."""
-    loaded: _Loaded | None = ctx.state.get("iteration")
+    loaded: Loaded | None = ctx.state.get("iteration")
     if loaded is not None and loaded.case == case:
         return
     unload_model(ctx)
@@ -95,7 +78,7 @@ def load_model(ctx: RankContext, case: IterationCase) -> None:
         seed=case.seed,
     )
     cache.fill_random(case.seed)
-    ctx.state["iteration"] = _Loaded(
+    ctx.state["iteration"] = Loaded(
         case=case,
         graph=OpGraph.build(case.model, case.tp_degree),
         weights=random_weights(
@@ -118,10 +101,10 @@ def load_model(ctx: RankContext, case: IterationCase) -> None:
     )
 
 
-def _loaded_for(ctx: RankContext, case: IterationCase, schedules: Sequence[Schedule]) -> _Loaded:
+def loaded_for(ctx: RankContext, case: IterationCase, schedules: Sequence[Schedule]) -> Loaded:
     """The model with all forms of its weights that the schedules need."""
     load_model(ctx, case)
-    loaded: _Loaded = ctx.state["iteration"]
+    loaded: Loaded = ctx.state["iteration"]
     weights, device = loaded.weights, torch.device(ctx.device)
     if has_o_columns(schedules) and weights.layers[0].o_columns_WA is None:
         source = random_source(
@@ -152,22 +135,22 @@ def measure_schedules(
     Returns:
         One timing per schedule; watts and clocks are this rank's, joules of this rank's GPU.
     """
-    loaded = _loaded_for(ctx, case, schedules)
+    loaded = loaded_for(ctx, case, schedules)
     compile_ahead(schedules, loaded.graph)
     executors: list[Executor] = []
     for schedule in schedules:
         first = executors[0] if executors else None
-        executors.append(_captured(ctx, loaded, schedule, first))
-    counts = _agree([_iterations_of(executor, turn_s) for executor in executors])
-    turns = [_Turns() for _ in executors]
-    _warm(executors, counts, turn_s)
+        executors.append(captured(ctx, loaded, schedule, first))
+    counts = agree([iterations_of(executor, turn_s) for executor in executors])
+    turns = [Turns() for _ in executors]
+    warm(executors, counts, turn_s)
     running = list(range(len(executors)))
     for done in range(rounds):
         if done == max(1, rounds // 2):
             medians_us = [statistics.median(turn.times_us) for turn in turns]
-            running = _agree(close_to_fastest(medians_us))
+            running = agree(close_to_fastest(medians_us))
         for index in running:
-            _take_turn(loaded.meter, executors[index], counts[index], turns[index])
+            take_turn(loaded.meter, executors[index], counts[index], turns[index])
     return [_timing(turn) for turn in turns]
 
 
@@ -177,108 +160,8 @@ def close_to_fastest(medians_us: Sequence[float]) -> list[int]:
     return [index for index, us in enumerate(medians_us) if us <= limit_us]
 
 
-def measure_layers(
-    ctx: RankContext,
-    case: IterationCase,
-    schedules: Sequence[Schedule],
-    rounds: int,
-    turn_s: float,
-    few_layers: int,
-    say: Callable[[str], None] = _silent,
-) -> list[LayerTurns]:
-    """Time one layer within many: the model's iteration less that of its first `few_layers`.
-
-    What comes before the first layer and after the last, and the ends of a pipeline, cancel out.
-
-    Args:
-        ctx: this rank.
-        case: its model has more layers than `few_layers`, and may have a small vocabulary.
-        schedules: compared in one interleaved run.
-        rounds: turns of each.
-        turn_s: seconds of a turn of the whole model; the few layers are replayed as often.
-        few_layers: layers that are taken off.
-        say: told what this rank is at, in words.
-
-    Returns:
-        One record per schedule; watts and clocks are this rank's. A schedule that the kernels here
-        refuse, on all ranks alike, has an error instead of times.
-    """
-    loaded = _loaded_for(ctx, case, schedules)
-    say("weights and KV cache are there")
-    say(f"{compile_ahead(schedules, loaded.graph)} fitted GEMMs compiled")
-    few = replace(
-        loaded, weights=replace(loaded.weights, layers=loaded.weights.layers[:few_layers])
-    )
-    pairs: list[_Pair | str] = []
-    first: Executor | None = None
-    for schedule in schedules:
-        pairs.append(_captured_pair(ctx, loaded, few, schedule, first))
-        first = first or next((pair[0] for pair in pairs if not isinstance(pair, str)), None)
-    executors = [pair for pair in pairs if not isinstance(pair, str)]
-    say(f"{len(executors)} of {len(pairs)} schedules captured")
-    counts = _agree([_iterations_of(whole, turn_s) for whole, _ in executors])
-    turns = [(_Turns(), _Turns()) for _ in executors]
-    _warm([whole for whole, _ in executors], counts, turn_s)
-    for turn in range(rounds):
-        order = list(zip(executors, counts, turns, strict=True))
-        for pair, count, mine in order if turn % 2 == 0 else reversed(order):
-            for executor, kept in zip(pair, mine, strict=True):
-                _take_turn(loaded.meter, executor, count, kept)
-    taken, layers = iter(turns), case.model.num_hidden_layers - few_layers
-    return [
-        LayerTurns(layer_us=(), watts=0.0, sm_clock_mhz=0.0, error=pair)
-        if isinstance(pair, str)
-        else _layer_turns(*next(taken), layers)
-        for pair in pairs
-    ]
-
-
-_Pair = tuple[Executor, Executor]
-"""Of all layers and of few."""
-
-
-def _captured_pair(
-    ctx: RankContext,
-    loaded: _Loaded,
-    few: _Loaded,
-    schedule: Schedule,
-    shares_with: Executor | None,
-) -> _Pair | str:
-    """Both executors, or why the schedule cannot run on one of the ranks."""
-    pair: _Pair | None = None
-    error = ""
-    try:
-        whole = _captured(ctx, loaded, schedule, shares_with)
-        pair = whole, _captured(ctx, few, schedule, shares_with or whole)
-    except (RuntimeError, ValueError) as err:
-        torch.cuda.synchronize()  # raises where the context is lost: nothing can run after that
-        error = (str(err).splitlines() or [type(err).__name__])[0]
-    error = next(filter(None, _of_all_ranks(error)), "")
-    return error if pair is None or error else pair
-
-
-def _of_all_ranks(value: str) -> list[str]:
-    """The value of each rank."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _layer_turns(whole: _Turns, few: _Turns, layers: int) -> LayerTurns:
-    medians = zip(whole.turn_medians_us, few.turn_medians_us, strict=True)
-    return LayerTurns(
-        layer_us=tuple((all_us - few_us) / layers for all_us, few_us in medians),
-        watts=_mean_of_known(whole.watts),
-        sm_clock_mhz=statistics.mean(whole.clocks_mhz),
-    )
-
-
-def _captured(
-    ctx: RankContext, loaded: _Loaded, schedule: Schedule, shares_with: Executor | None = None
+def captured(
+    ctx: RankContext, loaded: Loaded, schedule: Schedule, shares_with: Executor | None = None
 ) -> Executor:
     """An executor ready to be replayed; with another one's buffers, as only one runs at a time."""
     batch = DenseBatch.build(
@@ -300,7 +183,7 @@ def _replay(executor: Executor, count: int) -> None:
         executor.replay()
 
 
-def _warm(executors: Sequence[Executor], counts: Sequence[int], turn_s: float) -> None:
+def warm(executors: Sequence[Executor], counts: Sequence[int], turn_s: float) -> None:
     """Drive the card for `WARM_S` in all, so that it is hot and held to its cap."""
     part = WARM_S / (turn_s * max(1, len(executors)))
     for executor, count in zip(executors, counts, strict=True):
@@ -308,7 +191,8 @@ def _warm(executors: Sequence[Executor], counts: Sequence[int], turn_s: float) -
     torch.cuda.synchronize()
 
 
-def _iterations_of(executor: Executor, turn_s: float) -> int:
+def iterations_of(executor: Executor, turn_s: float) -> int:
+    """Replays that take about `turn_s` seconds, two at least."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     executor.replay()
     start.record()
@@ -318,7 +202,7 @@ def _iterations_of(executor: Executor, turn_s: float) -> int:
     return max(2, round(turn_s * 1e3 / start.elapsed_time(end)))
 
 
-def _agree(counts: list[int]) -> list[int]:
+def agree(counts: list[int]) -> list[int]:
     """Rank 0's counts on every rank: ranks must replay equally often."""
     import torch.distributed as dist
 
@@ -329,7 +213,8 @@ def _agree(counts: list[int]) -> list[int]:
     return box[0]
 
 
-def _take_turn(meter: PowerMeter, executor: Executor, count: int, turn: _Turns) -> None:
+def take_turn(meter: PowerMeter, executor: Executor, count: int, turn: Turns) -> None:
+    """Warm up for an eighth of a turn, then add `count` timed replays to the schedule's turns."""
     _replay(executor, max(1, count // 8))
     torch.cuda.synchronize()
     with meter:
@@ -341,7 +226,7 @@ def _take_turn(meter: PowerMeter, executor: Executor, count: int, turn: _Turns) 
     turn.clocks_mhz.append(clock)
 
 
-def _timing(turn: _Turns) -> Timing:
+def _timing(turn: Turns) -> Timing:
     ordered = sorted(turn.times_us)
     median = statistics.median(ordered)
     return Timing(
@@ -349,14 +234,14 @@ def _timing(turn: _Turns) -> Timing:
         source="measured",
         p10_us=ordered[len(ordered) // 10],
         p90_us=ordered[len(ordered) * 9 // 10],
-        joules=_mean_of_known(turn.joules),
-        watts=_mean_of_known(turn.watts),
+        joules=mean_of_known(turn.joules),
+        watts=mean_of_known(turn.watts),
         sm_clock_mhz=statistics.mean(turn.clocks_mhz),
         turn_spread=(max(turn.turn_medians_us) - min(turn.turn_medians_us)) / median,
     )
 
 
-def _mean_of_known(values: list[float]) -> float:
+def mean_of_known(values: list[float]) -> float:
     """Mean without nan (a turn too short for the energy counter); 0 when nothing is known."""
     known = [value for value in values if not math.isnan(value)]
     return statistics.mean(known) if known else 0.0

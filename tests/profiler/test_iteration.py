@@ -1,4 +1,4 @@
-"""Turns of whole iterations: who stays in the run."""
+"""Turns of whole iterations and of layers, on a made-up GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanoflow_tune.profiler import iteration
+from nanoflow_tune.profiler import iteration, layer_turns
 from nanoflow_tune.profiler.iteration import CLEARLY_WORSE, close_to_fastest
 
 
@@ -43,7 +43,6 @@ class FakeExecutor:
 @pytest.fixture
 def fake_gpu(monkeypatch):
     made, shared = [], []
-    state = {}
 
     @dataclass
     class Weights:
@@ -63,36 +62,36 @@ def fake_gpu(monkeypatch):
         shared.append(shares_with)
         return executor
 
-    monkeypatch.setattr(iteration, "_loaded_for", lambda *_: loaded)
-    monkeypatch.setattr(iteration, "_captured", captured)
-    monkeypatch.setattr(iteration, "compile_ahead", lambda *_: 7)
-    monkeypatch.setattr(iteration, "_iterations_of", lambda executor, turn_s: 8)
+    for module in (iteration, layer_turns):
+        monkeypatch.setattr(module, "loaded_for", lambda *_: loaded)
+        monkeypatch.setattr(module, "captured", captured)
+        monkeypatch.setattr(module, "compile_ahead", lambda *_: 7)
+        monkeypatch.setattr(module, "iterations_of", lambda executor, turn_s: 8)
     monkeypatch.setattr(
         iteration,
         "timed_replays",
         lambda replay, count, meter: ([replay.__self__.us] * count, 1500.0),
     )
     monkeypatch.setattr(iteration.torch.cuda, "synchronize", lambda: None)
-    state["made"], state["shared"] = made, shared
-    return state
+    return SimpleNamespace(made=made, shared=shared)
 
 
 def test_a_layer_is_what_the_layers_that_are_taken_off_leave(fake_gpu):
     case = SimpleNamespace(model=SimpleNamespace(num_hidden_layers=16))
     said = []
-    found = iteration.measure_layers(None, case, (10.0, "refused", 12.5), 3, 0.5, 4, said.append)
+    found = layer_turns.measure_layers(None, case, (10.0, "refused", 12.5), 3, 0.5, 4, said.append)
     assert [turns.layer_us for turns in found] == [(10.0,) * 3, (), (12.5,) * 3]
     assert [turns.error for turns in found] == ["", "no such kernel", ""]
     assert (found[0].watts, found[0].sm_clock_mhz) == (690.0, 1500.0)
     assert said[-1] == "2 of 3 schedules captured"
-    first = fake_gpu["made"][0]
-    assert fake_gpu["shared"] == [None, first, first, first]
+    first = fake_gpu.made[0]
+    assert fake_gpu.shared == [None, first, first, first]
 
 
 def test_a_clearly_slower_schedule_has_turns_in_half_of_the_rounds_only(fake_gpu):
     timings = iteration.measure_schedules(None, None, (10.0, 10.5, 100.0), 4, 0.5)
     assert [timing.period_us for timing in timings] == [260.0, 268.0, 1700.0]
-    fast, near, slow = (executor.replays for executor in fake_gpu["made"])
+    fast, near, slow = (executor.replays for executor in fake_gpu.made)
     assert fast == near
     assert fast - slow == 2  # what two turns warm with; timed replays are not counted here
     assert timings[0].source == "measured"
