@@ -39,6 +39,9 @@ SHORT = {
     "down": "Down",
     "attn_all_reduce": "AR",
     "ffn_all_reduce": "AR",
+    "attn_all_gather": "AG",
+    "o_proj_columns": "O cols",
+    "o_all_gather": "AG",
     "rope_append": "rope",
     "attn_norm": "norm",
     "ffn_norm": "norm",
@@ -128,6 +131,10 @@ def _draw_lanes(axes: Axes, played: Track, end_us: float) -> None:
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelbottom=False, length=0)
     axes.spines[["left", "bottom"]].set_visible(False)
+    for place, lane in enumerate(played.lanes):
+        if not any(bar.lane == lane and bar.duration_us > 0 for bar in played.bars):
+            text = "no rows: what this lane would run is empty in this batch"
+            axes.text(0, place, text, va="center", size=7.5, color=MUTED)
     for bar in played.bars:
         lane = played.lanes.index(bar.lane)
         axes.barh(
@@ -142,8 +149,9 @@ def _draw_lanes(axes: Axes, played: Track, end_us: float) -> None:
         _label(axes, bar, lane, end_us)
     length_us = max(bar.end_us for bar in played.bars)
     axes.axvline(length_us / 1e3, color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
+    is_measured = played.source == "measured"
     heading = f"{played.title}: {played.period_us / 1e3:.2f} ms an iteration"
-    heading += f" ({played.source})"
+    heading += f" ({'as it ran' if is_measured else 'as planned'}, {played.source})"
     if played.measured_us:
         heading += f", {played.measured_us / 1e3:.2f} ms measured"
     axes.set_title(heading, loc="left", size=10, weight="bold", pad=5)
@@ -170,7 +178,7 @@ def _draw_shares(axes: Axes, played: Track, end_us: float, num_sms: int) -> None
     axes.stackplot(times, stacks, step="post", colors=list(PALETTE.values()), linewidth=0)
     axes.axhline(num_sms, color=INK, linewidth=0.8)
     axes.set(xlim=(0, end_us / 1e3), ylim=(0, num_sms * 1.08), ylabel="SMs")
-    axes.set_yticks([0, num_sms // 2, num_sms])
+    axes.set_yticks([num_sms // 2, num_sms])  # 0 would touch the 0.0 of the time axis
     axes.spines["left"].set_visible(False)
     axes.tick_params(length=0)
 

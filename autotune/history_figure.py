@@ -18,7 +18,7 @@ _STAGES = (
     ("sequential", "#1b1f24", "s"),
     ("nano batches alone", "#7F7F7F", "v"),
     ("equal split", "#7F7F7F", "x"),
-    ("ping-pong, round robin", "#009E73", "^"),
+    ("patterns", "#009E73", "^"),
     ("MILP", "#D55E00", "D"),
     ("refined (Optuna)", "#0072B2", "o"),
 )
@@ -29,15 +29,14 @@ _MOST_OF_BEST = 1.6
 
 def stage_of(name: str) -> str:
     """Kind of schedule of a name, as in the legend."""
-    if name == "nano_only":
-        return "nano batches alone"
-    if name == "equal_split":
-        return "equal split"
-    if "milp" in name:
-        return "MILP"
-    if "ping_pong" in name or "robin" in name:
-        return "ping-pong, round robin"
-    return "refined (Optuna)" if "refined" in name else "sequential"
+    known = {
+        "sequential": "sequential",
+        "nano_only": "nano batches alone",
+        "equal_split": "equal split",
+    }
+    parts = {"milp": "MILP", "refined": "refined (Optuna)"}
+    found = (stage for part, stage in parts.items() if part in name)
+    return known.get(name) or next(found, "patterns")
 
 
 def history_png(

@@ -235,11 +235,10 @@ def _op_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Columns of what was measured in the plan only where something was."""
     heads = ["nano-op", "rows", "lane", "SMs", "kernel", "alone us", "in plan us"]
     is_measured = any(row.get("measured_us") for row in rows)
-    heads += ["measured us", "error"] if is_measured else []
+    heads += ["measured us"] if is_measured else []
     cells: list[list[Cell]] = []
     for row in rows:
         measured_us = row.get("measured_us", 0.0)
-        error = f"{100 * (row['beside_us'] / measured_us - 1):+.1f} %" if measured_us else "-"
         cells.append(
             [
                 row["name"],
@@ -249,7 +248,7 @@ def _op_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 row["variant"],
                 f"{row['alone_us']:.1f}",
                 f"{row['beside_us']:.1f}",
-                *([f"{measured_us:.1f}", error] if is_measured else []),
+                *([f"{measured_us:.1f}"] if is_measured else []),
                 f"{row['throughput']:.3g} {row['unit']}" if row["beside_us"] else "no rows",
                 row["source"],
             ]

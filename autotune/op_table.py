@@ -190,8 +190,9 @@ def curves(
         schedules: whose choices to mark, by the name shown in the legend.
     """
     distinct: dict[tuple[str, str], list[Op]] = defaultdict(list)
-    for op in graph.layer:
-        if op.rows(mix) > 0:
+    used = {nano_op.op for schedule in schedules.values() for nano_op in schedule.nano_ops}
+    for op in graph.all_ops:
+        if op.rows(mix) > 0 and (op in graph.layer or op.name in used):
             distinct[op.kind, op.shape].append(op)
     drawn: list[Curve] = []
     for ops in distinct.values():
@@ -243,7 +244,8 @@ def _chosen(
 
 
 def _curve_name(ops: list[Op]) -> str:
-    names = {"norm": "norm", "all_reduce": "all-reduce", "gemm": ", ".join(op.name for op in ops)}
+    names = {"norm": "norm", "gemm": ", ".join(op.name for op in ops)}
+    names |= {"all_reduce": "all-reduce", "all_gather": "all-gather"}
     return names.get(ops[0].kind, ops[0].name).replace("_", " ")
 
 

@@ -23,9 +23,10 @@ main { max-width:68rem; margin:0 auto; padding:2rem 1.1rem 4rem; }
 header p.job { color:var(--muted); margin:0 0 .35rem; }
 h1 { font-size:clamp(1.25rem,3.2vw,1.7rem); line-height:1.35; margin:0 0 .6rem; text-wrap:balance; }
 h2 { font-size:1.12rem; margin:2.6rem 0 .6rem; }
+h3 { font-size:1rem; margin:1.3rem 0 .4rem; }
 p { margin:.4rem 0; max-width:60rem; }
 .muted, figcaption { color:var(--muted); font-size:.92rem; }
-.numbers { display:grid; grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr)); gap:.7rem;
+.numbers { display:grid; grid-template-columns:repeat(auto-fit,minmax(8.2rem,1fr)); gap:.7rem;
   margin:1.4rem 0 0; }
 .numbers div { background:var(--card); border:1px solid var(--line); border-radius:.55rem;
   padding:.65rem .8rem; }

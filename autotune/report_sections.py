@@ -95,7 +95,9 @@ def error_section(values: Mapping[str, Any], table: Table) -> str:
                 for op, predicted_us, measured_us in held
             ]
             heads = ("op", "predicted us", "measured us", "error")
-            parts.append(f"<h3>{escape(role)}</h3>{table(heads, cells)}")
+            opened = "" if parts else " open"
+            summary = f"<summary>{escape(role)}</summary>"
+            parts.append(f"<details{opened}>{summary}{table(heads, cells)}</details>")
     if not parts:
         return ""
     note = (
