@@ -279,6 +279,8 @@ def _cuda_kernels(environment: Environment) -> Capability:
     name = "CUDA kernels"
     if environment.nvrtc_version:
         return Capability(name=name, state="works", why=f"NVRTC {environment.nvrtc_version}")
+    if not environment.has_driver:
+        return Capability(name=name, state="missing", why="no GPU: nothing to compile for")
     return Capability(
         name=name,
         state="missing",
@@ -290,6 +292,8 @@ def _cuda_kernels(environment: Environment) -> Capability:
 
 def _flashinfer(environment: Environment) -> Capability:
     absent = _absent(environment, "flashinfer-python", "apache-tvm-ffi")
+    if absent and not environment.has_driver:
+        return Capability(name="FlashInfer kernels", state="missing", why="no GPU: not needed")
     if absent:
         return Capability(
             name="FlashInfer kernels",

@@ -73,7 +73,7 @@ def _tune(options: argparse.Namespace) -> int:
 
     report = tune(_tune_options(options), _stderr())
     values = document(report)
-    _show(values, is_json_only=options.json)
+    _show(values, Path(report.plan_path).parent, is_json_only=options.json)
     return NOT_VERIFIED if values["verified"] is False else DONE
 
 
@@ -150,7 +150,7 @@ def _report(options: argparse.Namespace) -> int:
     try:
         page = render(values, images)
         write_whole(options.folder / "report.html", page)
-        _show(values, is_json_only=options.json)
+        _show(values, options.folder, is_json_only=options.json)
     except (KeyError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError) as err:
         raise ValueError(
             f"{options.folder / DOCUMENT} lacks or misshapes {err}; run the job again"
@@ -289,7 +289,7 @@ _COMMANDS = {
 }
 
 
-def _show(values: dict[str, Any], *, is_json_only: bool) -> None:
+def _show(values: dict[str, Any], folder: Path, *, is_json_only: bool) -> None:
     from .document import json_line, race_table
 
     if not is_json_only:
@@ -298,8 +298,8 @@ def _show(values: dict[str, Any], *, is_json_only: bool) -> None:
         book = (values.get("book") or {}).get("sentence", "")
         for text in filter(None, (values["verdict"], book, values["next_step"])):
             stdout.print(text, markup=False, highlight=False)
-        page = Path(values["plan"]).with_name("report.html")
-        stdout.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
+        page = f"report: {folder / 'report.html'}"
+        stdout.print(page, markup=False, highlight=False, soft_wrap=True)
     print(json_line(values), flush=True)
 
 

@@ -19,7 +19,8 @@ def build_parser() -> argparse.ArgumentParser:
         "(--help shows the flags, VERB --help those of a verb)",
         description="Tune intra-device parallelism: profile, search, verify, and write one plan "
         "with a report. Without a verb it does all of it for one model.",
-        epilog="exit: 0 done, 1 crash, 2 bad input, 3 no feasible plan, 4 verification failed",
+        epilog="exit: 0 done, 1 crash, 2 bad input, 3 no feasible plan, 4 verification failed, "
+        "130 interrupted",
     )
     parser.add_argument("--version", action="version", version=version("nanoflow-tune"))
     parser.add_argument(
