@@ -140,9 +140,16 @@ def serve(
     case: ServingCase, contenders: Sequence[Contender], rounds: int, *, is_gpu: bool
 ) -> list[ServingRun]:
     """Serve a case with each book, in interleaved rounds, on ranks of this machine."""
+    return serve_all([case], contenders, rounds, is_gpu=is_gpu)[0]
+
+
+def serve_all(
+    cases: Sequence[ServingCase], contenders: Sequence[Contender], rounds: int, *, is_gpu: bool
+) -> list[list[ServingRun]]:
+    """`serve` cases that differ in their requests, one after the other, on the same ranks."""
     device = "cuda" if is_gpu else "cpu"
-    with RankGroup(case.tp_degree, device=device, timeout_s=TIMEOUT_S) as ranks:
-        return ranks.call(serve_contenders, case, list(contenders), rounds)[0]
+    with RankGroup(cases[0].tp_degree, device=device, timeout_s=TIMEOUT_S) as ranks:
+        return ranks.call(serve_contenders, list(cases), list(contenders), rounds)[0]
 
 
 def table(values: dict[str, Any]) -> Table:

@@ -2,7 +2,7 @@
 
     python benchmarks/offline.py --plan results/reports/llama3-8b-h200-tp1/plan.yaml \
         --model llama3-8b --workload 512/512 --requests 2048
-    python benchmarks/offline.py --plan ... --model llama3-8b --workload sharegpt --requests 4000
+    python benchmarks/offline.py --plan ... --workload 512/512,sharegpt --requests 2048,4000
     python benchmarks/offline.py --plan ... --model llama3-8b --trace trace.csv
     python benchmarks/offline.py --tiny                        on the CPU, with a tiny model
 
@@ -39,7 +39,7 @@ from nanoflow_tune.autotune.ablation import (
     trace_lengths,
     workload_lengths,
 )
-from nanoflow_tune.autotune.bench_command import serve
+from nanoflow_tune.autotune.bench_command import serve_all
 from nanoflow_tune.autotune.op_table import gemm_peak
 from nanoflow_tune.autotune.provenance import commit as this_commit
 from nanoflow_tune.profiler.serving_case import ServingCase, ServingRun
@@ -126,9 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--plan", type=Path)
     add("--model", help="default: the plan's")
     add("--gpu", default="h200", help="hardware spec (%(default)s)")
-    add("--workload", default="512/512", help="a name, or PROMPT/DECODE (%(default)s)")
+    add("--workload", default="512/512", help="names, or PROMPT/DECODE, by commas (%(default)s)")
     add("--trace", type=Path, metavar="CSV", help="lengths of a trace instead")
-    add("--requests", type=int, default=2048, help="(%(default)s)")
+    add("--requests", default="2048", help="a number, or one for each workload (%(default)s)")
     add("--max-model-len", type=int, help="longer requests are cut or left out (the model's)")
     add("--books", default="sequential,winner", help=f"of {', '.join(BOOKS)} (%(default)s)")
     add("--dense-batch", type=int, metavar="ROWS", help="constant dense batch (the plan's own)")
@@ -160,34 +160,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = load_model(options.model or plan.model)
     graph = OpGraph.build(model, plan.num_gpus)
     longest = options.max_model_len or model.max_position_embeddings
-    lengths = (
-        trace_lengths(options.trace, longest, options.requests)
-        if options.trace
-        else workload_lengths(
-            load_workload(options.workload), options.requests, longest, options.seed
+    num_requests = [int(count) for count in options.requests.split(",")]
+    names_of_cases = [options.trace.stem] if options.trace else options.workload.split(",")
+    if len(num_requests) == 1:
+        num_requests *= len(names_of_cases)
+    if len(num_requests) != len(names_of_cases):
+        parser.error("--requests must be one number, or one for each workload")
+    cases = [
+        ServingCase(
+            model=model,
+            hardware=hardware,
+            tp_degree=plan.num_gpus,
+            lengths=tuple(
+                trace_lengths(options.trace, longest, count)
+                if options.trace
+                else workload_lengths(load_workload(name), count, longest, options.seed)
+            ),
+            page_size=plan.page_size,
+            num_pages=options.num_pages or (TINY_PAGES if options.tiny else None),
+            seed=options.seed,
         )
-    )
-    case = ServingCase(
-        model=model,
-        hardware=hardware,
-        tp_degree=plan.num_gpus,
-        lengths=tuple(lengths),
-        page_size=plan.page_size,
-        num_pages=options.num_pages or (TINY_PAGES if options.tiny else None),
-        seed=options.seed,
-    )
+        for name, count in zip(names_of_cases, num_requests, strict=True)
+    ]
     contenders = [contender(name, graph, plan, hardware) for name in names]
     if options.dense_batch is not None:
         for item in contenders:
             item.book.aim_at(options.dense_batch)
-    runs = serve(case, contenders, options.rounds, is_gpu=not options.tiny)
+    all_runs = serve_all(cases, contenders, options.rounds, is_gpu=not options.tiny)
     profile = None if options.tiny else load_profile(profile_files(options.profile))
     peak = gemm_peak(profile, hardware, model.torch_dtype) if not options.tiny else None
     peaks = {}
     if peak is not None:
         peaks = {"optimal": peak.flops_per_s, "datasheet": hardware.peak(model.torch_dtype)}
         print(f"optimal: {peak.flops_per_s / 1e12:.0f} TFLOP/s, {peak.source}", file=sys.stderr)
-    table = [table_row(run, peaks, model.num_active_parameters) for run in runs]
+    table = [
+        {"workload": name, **table_row(run, peaks, model.num_active_parameters)}
+        for name, runs in zip(names_of_cases, all_runs, strict=True)
+        for run in runs
+    ]
     for row in table:
         print(", ".join(f"{name} {value}" for name, value in row.items()), file=sys.stderr)
     if peak is not None:
@@ -199,8 +209,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "gpu": find_devices().name,
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         }
-        workload = options.trace.stem if options.trace else options.workload
-        rows = figure_rows(runs, case, workload, peak.flops_per_s, origin)
+        rows = [
+            row
+            for name, case, runs in zip(names_of_cases, cases, all_runs, strict=True)
+            for row in figure_rows(runs, case, name, peak.flops_per_s, origin)
+        ]
         write_figures(rows, options.out)
         print(summary(rows))
     print(json.dumps(table, separators=(",", ":")))

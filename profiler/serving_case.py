@@ -87,9 +87,9 @@ class ServingRun:
 
 
 def serve_contenders(
-    ctx: RankContext, case: ServingCase, contenders: Sequence[Contender], rounds: int
-) -> list[ServingRun]:
-    """Serve the case with each book in interleaved rounds; see `serving_run.py`."""
+    ctx: RankContext, cases: Sequence[ServingCase], contenders: Sequence[Contender], rounds: int
+) -> list[list[ServingRun]]:
+    """Serve each case with each book in interleaved rounds; see `serving_run.py`."""
     from . import serving_run
 
-    return serving_run.run_contenders(ctx, case, contenders, rounds)
+    return serving_run.run_contenders(ctx, cases, contenders, rounds)

@@ -8,6 +8,7 @@ compared meet the same model on the same warm card.
 from __future__ import annotations
 
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -89,27 +90,39 @@ class _Meter:
 
 
 def run_contenders(
-    ctx: RankContext, case: ServingCase, contenders: Sequence[Contender], rounds: int
-) -> list[ServingRun]:
-    """Serve the case with each book, in `rounds` interleaved rounds; empty on ranks above 0."""
+    ctx: RankContext, cases: Sequence[ServingCase], contenders: Sequence[Contender], rounds: int
+) -> list[list[ServingRun]]:
+    """Serve each case with each book, in `rounds` interleaved rounds; no runs on ranks above 0.
+
+    Args:
+        ctx: of this rank.
+        cases: of one model on the same GPUs, with the same weights: they differ in their requests.
+        contenders: the books.
+        rounds: of each case.
+    """
     gathers = has_o_columns(
         choice.schedule for c in contenders for choice in c.book.choices.values()
     )
-    loaded = load_case(ctx, case, with_o_columns=gathers)
-    runs: list[ServingRun] = []
+    loaded = load_case(ctx, cases[0], with_o_columns=gathers)
     runners = {
-        contender.name: _Kept(_warm_runner(ctx, case, loaded, contender))
+        contender.name: _Kept(_warm_runner(ctx, cases, loaded, contender))
         for contender in contenders
     }
-    for _ in range(rounds):
-        for contender in contenders:
+    runs: list[list[ServingRun]] = []
+    for case in cases:
+        runs.append([])
+        for contender in list(contenders) * rounds:
             meter = _Meter(ctx.rank if ctx.device.startswith("cuda") else None)
             runner = runners[contender.name]
             if ctx.rank > 0:
                 meter.measure(partial(follow, runner, loaded.group))
             else:
-                runs.append(_lead(ctx, case, loaded, contender, runner, meter))
-            _add_joules(ctx, meter, runs)
+                runs[-1].append(_lead(ctx, case, loaded, contender, runner, meter))
+            _add_joules(ctx, meter, runs[-1])
+            if ctx.rank == 0:
+                run = runs[-1][-1]
+                rate = f"{run.tokens_per_s / run.num_gpus:.0f} tokens/s/GPU"
+                print(f"{run.name}: {rate} in {run.elapsed_s:.1f} s", file=sys.stderr)
     for runner in runners.values():
         runner.runner.close()
     return runs
@@ -135,12 +148,17 @@ class _Kept:
 
 
 def _warm_runner(
-    ctx: RankContext, case: ServingCase, loaded: Loaded, contender: Contender
+    ctx: RankContext, cases: Sequence[ServingCase], loaded: Loaded, contender: Contender
 ) -> ModelRunner:
-    runner = make_runner(ctx, case, loaded, contender)
+    """One runner with room for the requests of all cases."""
+    all_lengths = tuple(length for case in cases for length in case.lengths)
+    runner = make_runner(ctx, replace(cases[0], lengths=all_lengths), loaded, contender)
     if ctx.device != "cpu":
-        limits = engine_config(case, loaded, contender).limits
-        runner.warm_up(max(contender.book.target_rows, limits.max_running))
+        began_s = time.perf_counter()
+        count = runner.warm_up(contender.book.target_rows)
+        if ctx.rank == 0:
+            took_s = time.perf_counter() - began_s
+            print(f"{contender.name}: {count} executors in {took_s:.1f} s", file=sys.stderr)
     return runner
 
 

@@ -117,3 +117,13 @@ def test_a_run_on_the_cpu_serves_every_book(offline, capsys):
     table = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["book"] for row in table] == ["sequential", "winner"]
     assert all(row["tokens_per_s_per_gpu"] > 0 and row["watts"] is None for row in table)
+
+
+def test_several_workloads_are_served_one_after_the_other(offline, capsys):
+    command = "--tiny --workload 40/12,8/20 --requests 12,9 --books winner --rounds 2"
+    offline.main(command.split())
+    table = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["workload"] for row in table] == ["40/12"] * 2 + ["8/20"] * 2
+    with pytest.raises(SystemExit):
+        offline.main(["--tiny", "--workload", "40/12,8/20", "--requests", "1,2,3"])
+    assert "one for each workload" in capsys.readouterr().err
