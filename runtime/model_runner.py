@@ -31,7 +31,7 @@ from .kv_sizes import pages_for
 from .kv_store import KvStore
 from .op_graph import OpGraph
 from .plan import Schedule
-from .plan_choice import Choice, PlanBook
+from .plan_choice import TILE_ROWS, Choice, PlanBook
 from .plan_lookup import is_interleaved
 from .sampling import SamplingTable, TokenSampler
 from .slot_needs import SlotNeeds
@@ -40,9 +40,9 @@ from .step import StepInputs
 from .weights import Weights
 
 MANY_ROWS = 1024
-"""Of a constant dense batch: from here on its executors have room for eighths of their rows to
-predict tokens. Others have room for halves: each room is a graph to capture, and rows of other
-batches nearly all decode."""
+"""Of a constant dense batch: from here on its executors have room for any number of whole GEMM
+tiles of rows that predict tokens. Others have room for halves: each room is a graph to capture, and
+rows of other batches nearly all decode."""
 ResourcesOf = Callable[[Schedule], Resources]
 
 
@@ -233,7 +233,7 @@ class ModelRunner:
 
     def _room(self, rows: int, num_tokens: int) -> int:
         is_usual = rows == self.book.target_rows and rows >= MANY_ROWS
-        return logit_room(rows, num_tokens, 8 if is_usual else 2)
+        return logit_room(rows, num_tokens, TILE_ROWS if is_usual else max(1, rows // 2))
 
     def _batch_sizes(self, num_logits: int) -> BatchSizes:
         return BatchSizes(
@@ -276,9 +276,8 @@ def _no_resources(schedule: Schedule) -> Resources:
     return Resources()
 
 
-def logit_room(rows: int, num_tokens: int, parts: int) -> int:
+def logit_room(rows: int, num_tokens: int, unit: int) -> int:
     """Logit rows of the executor that runs a step with `num_tokens` tokens to predict."""
-    unit = max(1, rows // parts)
     return min(rows, -(-max(1, num_tokens) // unit) * unit)
 
 
