@@ -1,9 +1,10 @@
 """When each nano-op of a schedule runs on the GPU: CUDA events around every one, medians over runs.
 
-The runs are eager, because events inside a captured graph cannot be read one by one. GEMMs enqueued
-ahead keep the card hot, and give the host the lead that it needs to stay ahead of the GPU: without
-it the gaps between short nano-ops would be the host's. Two events a nano-op cost about a
-microsecond or two, so the iteration is timed elsewhere (`iteration.py`).
+The runs are eager, because events inside a captured graph cannot be read one by one. Replays of the
+schedule's graph go ahead of each: they keep the card as hot as the schedule itself does, and give
+the host the lead that it needs to stay ahead of the GPU; without it the gaps between short nano-ops
+would be the host's. Two events a nano-op cost about a microsecond or two, so the iteration is timed
+elsewhere (`iteration.py`).
 
 Runs on every tensor-parallel rank, in step.
 """
@@ -11,26 +12,21 @@ Runs on every tensor-parallel rank, in step.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from ..runtime.batching import DenseBatch
-from ..runtime.device import device_resources
 from ..runtime.executor import Executor
 from ..runtime.launch import RankContext
 from ..runtime.plan import Schedule
 from ..runtime.schedule import Instance
-from .iteration import load_model
+from .iteration import agree, captured, iterations_of, loaded_for, warm
 from .rank_jobs import IterationCase, OpTime
-from .timing import Timer
 
-WARM_RUNS = 8
-LEAD_PER_HOST = 1.3
-"""GEMMs ahead of a run take this many times what the host needs to enqueue it."""
-MOST_LEAD_MS = 400.0
+TURN_S = 0.5
+"""Of replays before the first run of a schedule is looked at."""
+REPLAYS_AHEAD = 3
+"""Iterations in front of each run: enqueuing a run takes the host less than one."""
 
 
 def measure_timelines(
@@ -41,43 +37,23 @@ def measure_timelines(
     Args:
         ctx: this rank.
         case: model, GPUs, batch; its weights stay loaded.
-        schedules: were timed by `iteration.measure_schedules` before, so that all is compiled.
+        schedules: to run, one after the other.
         runs: of each; a time is the median over them.
 
     Returns:
         One list per schedule, in issue order; ranges without rows of their kind take no time.
     """
-    load_model(ctx, case)
-    loaded: Any = ctx.state["iteration"]
-    timer = Timer(loaded.meter)
-    timelines: list[list[OpTime]] = []
-    for schedule in schedules:
-        batch = DenseBatch.build(
-            schedule.nano_batches,
-            loaded.requests,
-            page_size=loaded.cache.page_size,
-            device=loaded.weights.device,
-        )
-        resources = device_resources(ctx, loaded.graph, case.hardware, (schedule,))
-        executor = Executor(
-            loaded.graph, loaded.weights, loaded.cache, batch, schedule, resources
-        ).prepare()
-        timelines.append(_timeline(executor, timer.heat, runs))
-    return timelines
+    loaded = loaded_for(ctx, case, schedules)
+    return [_timeline(captured(ctx, loaded, schedule), runs) for schedule in schedules]
 
 
-def _timeline(executor: Executor, heat: Callable[[float], None], runs: int) -> list[OpTime]:
-    host_ms = 0.0
-    for _ in range(WARM_RUNS):
-        started = time.perf_counter()
-        executor.run()
-        host_ms = 1e3 * (time.perf_counter() - started)
-        torch.cuda.synchronize()
-    lead_ms = min(MOST_LEAD_MS, LEAD_PER_HOST * host_ms)
+def _timeline(executor: Executor, runs: int) -> list[OpTime]:
+    warm([executor], agree([iterations_of(executor, TURN_S)]), TURN_S)
     marks = _Marks(len(executor.instances))
     times: list[list[tuple[float, float]]] = []
     for _ in range(runs):
-        heat(lead_ms)
+        for _ in range(REPLAYS_AHEAD):
+            executor.replay()
         marks.rewind()
         executor.run(observe=marks.after, before=marks.before)
         torch.cuda.synchronize()

@@ -67,6 +67,9 @@ def test_observers_see_every_instance_in_issue_order():
     executor.run(seen.append)
     assert seen == executor.instances
     assert len(seen) == 3 * len(executor.schedule.nano_ops)
+    both = []
+    executor.run(observe=both.append, before=lambda instance: both.append((instance,)))
+    assert both == [held for instance in executor.instances for held in ((instance,), instance)]
 
 
 def test_guard_rows_survive_a_run():
