@@ -24,7 +24,7 @@ from typing import Any
 from ..profiler.serving_case import Contender, ServingRun
 from ..profiler.traffic import plan_traffic
 from ..runtime.op_graph import OpGraph
-from ..runtime.plan import Bucket, NanoOp, Plan, Schedule
+from ..runtime.plan import Bucket, Plan, Schedule
 from ..runtime.plan_choice import PlanBook
 from ..search_spaces.records import read_bounded
 from ..search_spaces.schema import HardwareSpec, WorkloadSpec
@@ -111,7 +111,7 @@ def contender(name: str, graph: OpGraph, plan: Plan, hardware: HardwareSpec) -> 
         return Contender(name=name, book=book)
     page_bytes = graph.model.kv_bytes_per_token * plan.page_size
     offloaded = min(OFFLOADED_PAGES, OFFLOADED_BYTES // page_bytes)
-    changed = replace(plan, buckets=tuple(_winning(bucket, name, graph) for bucket in plan.buckets))
+    changed = replace(plan, buckets=tuple(_winning(bucket, name) for bucket in plan.buckets))
     return Contender(
         name=name,
         book=PlanBook.from_plan(
@@ -121,22 +121,24 @@ def contender(name: str, graph: OpGraph, plan: Plan, hardware: HardwareSpec) -> 
     )
 
 
-def _winning(bucket: Bucket, name: str, graph: OpGraph) -> Bucket:
+def _winning(bucket: Bucket, name: str) -> Bucket:
     if name in ("winner", "offload"):
         return bucket
     if name == "overlapped":
         return replace(bucket, winner=bucket.best_overlapped)
-    split = nano_only(bucket.best_overlapped.schedule, bucket.sequential.schedule, graph)
+    split = nano_only(bucket.best_overlapped.schedule, bucket.sequential.schedule)
     winner = replace(bucket.sequential, schedule=split, measured=None)
     return replace(bucket, winner=winner)
 
 
-def nano_only(overlapped: Schedule, sequential: Schedule, graph: OpGraph) -> Schedule:
-    """The overlapped schedule's nano-batches, one after the other with the sequential kernels."""
-    by_op: dict[str, NanoOp] = {nano_op.op: nano_op for nano_op in sequential.nano_ops}
+def nano_only(overlapped: Schedule, sequential: Schedule) -> Schedule:
+    """The overlapped schedule's nano-batches, one after the other with the sequential kernels.
+
+    The attention's output is joined in the sequential schedule's form.
+    """
     nano_ops = tuple(
-        replace(by_op[op], tokens=nano_batch.tokens)
-        for op in graph.op_names
+        replace(nano_op, tokens=nano_batch.tokens)
+        for nano_op in sequential.nano_ops
         for nano_batch in overlapped.nano_batches
     )
     return replace(overlapped, name="nano_only", nano_ops=nano_ops)

@@ -57,12 +57,16 @@ def lower_bound_us(
 ) -> tuple[float, Resource]:
     """Largest of compute, memory and network time of an iteration, in us, and which it is.
 
+    Of the forms that rows may have, each resource has the cheaper one.
+
     Source: arXiv 2408.12757 section 3, on this mix instead of a full memory.
     """
-    ops = iteration_ops(graph, mix)
-    flops = sum(n * op.flops(rows) for op, rows, n in ops if op.kind != "all_reduce")
-    moved = sum(n * unavoidable_bytes(op, rows) for op, rows, n in ops)
-    link_bytes = sum(n * op.link_bytes(rows) for op, rows, n in ops)
+    works = [iteration_ops(graph.in_form(form), mix) for form in graph.forms]
+    flops = min(
+        sum(n * op.flops(rows) for op, rows, n in ops if op.kind != "all_reduce") for ops in works
+    )
+    moved = min(sum(n * unavoidable_bytes(op, rows) for op, rows, n in ops) for ops in works)
+    link_bytes = min(sum(n * op.link_bytes(rows) for op, rows, n in ops) for ops in works)
     times: list[tuple[float, Resource]] = [
         (1e6 * flops / hardware.peak(dtype), "compute"),
         (1e6 * moved / hardware.memory_bytes_per_s, "memory"),
@@ -100,21 +104,26 @@ def power_limit_of(graph: OpGraph, mix: RowMix, cost_model: CostModel) -> float:
     """What the cap allows an iteration of the kernels at hand, in us.
 
     Each op on the share and in the variant of the fewest dynamic joules, at the clock that the
-    batch settles at in sequence. That of FLOPs and bytes (`power_limit_us`) where nothing was
-    measured; 0 without an energy model.
+    batch settles at in sequence, in the form that needs fewer. That of FLOPs and bytes
+    (`power_limit_us`) where nothing was measured; 0 without an energy model.
     """
     power = cost_model.power
     floor_us = power_limit_us(graph, mix, cost_model.hardware, cost_model.energy)
     if power is None or cost_model.profile is None:
         return floor_us
     clock = cost_model.price(graph, mix).clock
-    joules = 0.0
-    for op, rows, count in iteration_ops(graph, mix):
-        joules += count * min(
+
+    def least_joules(op: Op, rows: RowMix) -> float:
+        return min(
             power.load(op, rows, share, name, cost_model.estimate(op, rows, share, name).us).joules
             for share in cost_model.shares_of(op)
             for name in cost_model.variants(op, share)
         )
+
+    joules = min(
+        sum(n * least_joules(op, rows) for op, rows, n in iteration_ops(graph.in_form(form), mix))
+        for form in graph.forms
+    )
     return 1e6 * power.joules_at(joules, clock) / power.headroom_w
 
 

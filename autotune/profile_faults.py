@@ -3,8 +3,8 @@
 refused   two rows of one point that differ more than `MAX_RATIO` times; no rows of any GEMM
 warned    an op of the graph without rows of its kind (the datasheet stands in), a kind that was
           measured on one SM share only (others are scaled by the datasheet), a kernel whose
-          throughput falls by more than `MAX_FALL` where it gets more SMs; all-gathers that stand
-          for themselves by all-reduces (`gather_rows.py`)
+          throughput falls by more than `MAX_FALL` where it gets more SMs; all-gathers that were
+          made from all-reduces (`gather_rows.py`)
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def families(
     """The families of a layer at every share, and of the rest of an iteration on all SMs."""
     found: dict[tuple[str, str, int], Family] = {}
     lattice = legal_shares(num_sms, granularity)
-    for op in graph.layer:
+    for op in graph.all_ops:
         if is_collective(op.kind):
             continue
         for kv_len in KV_LENS if op.kv_elements_per_key else (0,):
@@ -144,18 +144,8 @@ def _layer_family(op: Op, kv_len: int, lattice: tuple[int, ...], variants: Varia
 
 
 def collective_shapes(graph: OpGraph) -> tuple[tuple[OpKind, str], ...]:
-    """Kinds and shapes of collectives: the layer's, and those that could take their place.
-
-    The paper's other form of a layer gathers the attention output (Attn.AG) and, behind an output
-    projection that is split by columns, its result (O.AG).
-    """
-    found: set[tuple[OpKind, str]] = {
-        (op.kind, op.shape) for op in graph.layer if is_collective(op.kind)
-    }
-    if graph.tp_degree > 1:
-        for width in (graph.model.qo_size, graph.model.hidden_size):
-            found.add(("all_gather", f"d{width}_r{graph.tp_degree}"))
-    return tuple(sorted(found))
+    """Kinds and shapes of collectives: the layer's, and those that could take their place."""
+    return tuple(sorted({(op.kind, op.shape) for op in graph.all_ops if is_collective(op.kind)}))
 
 
 def collective_points(graph: OpGraph, num_sms: int, variants: Variants) -> list[Point]:

@@ -6,6 +6,7 @@ import pytest
 
 from nanoflow_tune.autotune.bounds import lower_bound_us, power_limit_us, what_binds
 from nanoflow_tune.autotune.cost_model import H200_ENERGY
+from nanoflow_tune.runtime.op_graph import OpGraph
 
 from .fakes import MIX, graph_of, h200
 
@@ -30,6 +31,20 @@ def test_memory_binds_a_small_batch_and_counts_each_weight_once():
 def test_network_binds_on_a_slow_link():
     slow = replace(h200(), link_bytes_per_s=1e9)
     assert lower_bound_us(graph_of("llama2-70b", 2), MIX, slow, "bfloat16")[1] == "network"
+
+
+def test_each_resource_has_the_cheaper_form():
+    """Few heads: to gather them and the projection's output sends less than an all-reduce."""
+    graph = graph_of("llama2-70b", 2)
+    slow = replace(h200(), link_bytes_per_s=1e9)
+    narrow = OpGraph.build(replace(graph.model, head_dim=64), 2)
+    reduced = lower_bound_us(narrow.in_form("all_reduce"), MIX, slow, "bfloat16")[0]
+    gathered = lower_bound_us(narrow.in_form("all_gather"), MIX, slow, "bfloat16")[0]
+    assert gathered < reduced
+    assert lower_bound_us(narrow, MIX, slow, "bfloat16") == (gathered, "network")
+    # 64 heads of 128 are as wide as hidden: both forms send as much.
+    both = [lower_bound_us(graph.in_form(form), MIX, slow, "bfloat16") for form in graph.forms]
+    assert both[0] == pytest.approx(both[1])
 
 
 def test_power_limit_is_dynamic_joules_over_the_watts_left():

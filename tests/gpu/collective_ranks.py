@@ -150,18 +150,31 @@ def small_model():
     )  # fmt: skip
 
 
-def overlapped(variant: str, share: int, second: str = "") -> Schedule:
-    """Two nano-batches: all-reduces of one on a lane of their own beside the GEMMs of the other."""
+def overlapped(
+    variant: str, share: int, second: str = "", gather: str = "", gathers: tuple[int, ...] = ()
+) -> Schedule:
+    """Two nano-batches: collectives of one on a lane of their own beside the GEMMs of the other.
+
+    The nano-batches in `gathers` join the attention's output by all-gathers of that variant.
+    """
     graph = OpGraph.build(small_model(), 2)
+    (chain,) = graph.alternatives
+    first = graph.op_names.index("o_proj")
     nano_ops = []
-    for op in graph.layer:
+    for op in (*graph.layer[:first], *chain.ops, *graph.layer[first:]):
         for index, tokens in enumerate(((0, 256), (256, 512))):
-            is_network = op.kind == "all_reduce"
+            if op.name in chain.replaces and index in gathers:
+                continue
+            if op in chain.ops and index not in gathers:
+                continue
+            is_network = op.resource == "network"
             kernel = "triton"
             if op.kind in ("gemm", "gemm_silu"):
                 kernel = "triton_128x128"
-            if is_network:
+            if op.kind == "all_reduce":
                 kernel = second if second and index == 1 else variant
+            if op.kind == "all_gather":
+                kernel = gather
             nano_ops.append(
                 NanoOp(
                     op=op.name,
@@ -183,6 +196,17 @@ def resources(ctx: RankContext, schedules):
 def verify_plan_with(ctx: RankContext, variant: str, share: int) -> float:
     """Audit, random legal orders and a CUDA graph against the sequential run with NCCL."""
     case = device_case(small_model(), overlapped(variant, share), 2, SMS, 300.0, 100.5)
+    record = verify_schedule(ctx, case, resources)
+    assert record.passed
+    return record.max_relative_error
+
+
+def verify_gathers_with(
+    ctx: RankContext, gather: str, reduce: str, share: int, gathers: tuple[int, ...]
+) -> float:
+    """The same of plans in which some nano-batches gather."""
+    schedule = overlapped(reduce, share, gather=gather, gathers=gathers)
+    case = device_case(small_model(), schedule, 2, SMS, 300.0, 100.5)
     record = verify_schedule(ctx, case, resources)
     assert record.passed
     return record.max_relative_error

@@ -106,8 +106,24 @@ def test_a_plan_equals_the_sequential_run_and_writes_its_rows_only(ranks, on_ran
     ranks.call(on_rank.verify_plan_with, variant, share)
 
 
+@pytest.mark.parametrize(
+    ("gather", "reduce", "share", "gathers"),
+    [
+        ("nccl_8", "nccl_8", 16, (0, 1)),
+        ("symm_8", "symm_one_shot_8", 16, (0, 1)),
+        ("symm_8", "copy_engine", 16, (1,)),
+        ("copy_engine", "copy_engine", 0, (0, 1)),
+        ("copy_engine", "copy_engine", 0, (0,)),
+    ],
+)
+def test_plans_that_gather_equal_the_sequential_run_and_write_their_rows_only(
+    ranks, on_rank, gather, reduce, share, gathers
+):
+    ranks.call(on_rank.verify_gathers_with, gather, reduce, share, gathers)
+
+
 def test_a_norm_over_summed_and_unsummed_rows_is_refused(ranks, on_rank):
-    with pytest.raises(ValueError, match="attn_all_reduce there must use"):
+    with pytest.raises(ValueError, match="must come from attn_all_reduce by one of"):
         ranks.call(on_rank.norm_over_mixed_variants)
 
 

@@ -255,3 +255,35 @@ def test_a_larger_buffer_is_made_beside_the_first_and_both_are_found(fake_buffer
     assert large.num_rows == 5000
     assert buffers.find(small.rows_TD[:4], 0) is small
     assert buffers.find(large.rows_TD[:4], 0) is large
+
+
+def test_an_executors_gathered_rows_are_found_where_the_binder_says_and_have_guards(fake_buffers):
+    """Two activations of one width lie apart, each with guard rows in the peers' sight."""
+    from builders import tiny_model
+
+    from nanoflow_tune.runtime.buffers import GUARD_ROWS, Buffers
+    from nanoflow_tune.runtime.weights import random_weights
+
+    cpu = torch.device("cpu")
+    model = tiny_model(hidden_size=64, num_layers=1)  # 8 heads of 8: as wide as hidden
+    weights = random_weights(model, tp_degree=2, device=cpu, with_o_columns=True)
+    made, _ = fake_buffers(0, 2)
+    group = {gather_buffer.KEY: made}
+
+    def new_rows(name, num_rows, width):
+        return output_rows(group, num_rows, width, torch.float32, cpu, name)
+
+    buffers = Buffers.allocate(weights, 40).with_gathered(weights, new_rows)
+    assert buffers.heads_TA.shape == buffers.o_TD.shape == (40, 64)
+    assert buffers.o_columns_TW.shape == (40, 32)
+    assert made.find(buffers.heads_TA[8:20], GUARD_ROWS + 8) is not made.find(
+        buffers.o_TD[8:20], GUARD_ROWS + 8
+    )
+    assert buffers.broken_guards() == ()
+    rows = made.find(buffers.o_TD, GUARD_ROWS).rows_TD
+    for row, names in ((GUARD_ROWS, ()), (GUARD_ROWS - 1, ("o_TD",)), (GUARD_ROWS + 40, ("o_TD",))):
+        buffers.poison()
+        rows[row] = 1.0
+        assert buffers.broken_guards() == names
+    again = Buffers.allocate(weights, 30).with_gathered(weights, new_rows)
+    assert again.o_TD.data_ptr() == buffers.o_TD.data_ptr()  # the peers know that memory
