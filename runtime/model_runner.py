@@ -110,6 +110,7 @@ class ModelRunner:
         self._table = SamplingTable(sizes.max_running, weights.device)
         self._needs = SlotNeeds(sizes.max_running)
         self._alike = _alike(book)
+        self._batches: dict[tuple[str, bool], StaticBatch] = {}
         self._bound: dict[tuple[str, int], _Bound] = {}
         self._warm: set[str] = set()
         self._largest: Executor | None = None
@@ -195,6 +196,7 @@ class ModelRunner:
         """Wait for the device and give back what lies outside of it."""
         self.reset()
         self._bound.clear()
+        self._batches.clear()
         self._largest = None
 
     def _read_back(self, bound: _Bound, count: int) -> Launched:
@@ -244,15 +246,24 @@ class ModelRunner:
             page_size=self.cache.page_size,
         )
 
+    def _batch(self, choice: Choice, *, is_captured: bool) -> StaticBatch:
+        """One for all executors of a schedule."""
+        found = self._batches.get((choice.key, is_captured))
+        if found is None:
+            found = StaticBatch.make(
+                choice.schedule,
+                self._batch_sizes(choice.rows),
+                self._last_tokens_N,
+                is_captured=is_captured,
+                block=self._block,
+            )
+            self._batches[choice.key, is_captured] = found
+        return found
+
     def _make(self, choice: Choice, num_logits: int, shares_with: Executor | None) -> _Bound:
         is_captured = self._is_cuda and choice.is_capturable and shares_with is not None
-        batch = StaticBatch.make(
-            choice.schedule,
-            self._batch_sizes(num_logits),
-            self._last_tokens_N,
-            is_captured=is_captured,
-            block=self._block,
-        )
+        batch = self._batch(choice, is_captured=is_captured).narrowed(num_logits)
+        batch.clear()  # the block may hold another schedule's numbers
         executor = Executor(
             self.graph,
             self.weights,

@@ -15,7 +15,7 @@ a request, N slots.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -153,7 +153,15 @@ class StaticBatch(DenseBatch):
     @property
     def logit_slots(self) -> Tensor:
         """Slot of each logit row; the spare one for padding."""
-        return self.staging.tensors["logit_slots_R"]
+        return self.staging.tensors["logit_slots_R"][: self.sizes.num_logits]
+
+    def narrowed(self, num_logits: int) -> StaticBatch:
+        """The same memory with room for fewer logit rows; a `fill` of either fills both."""
+        return replace(
+            self,
+            sizes=replace(self.sizes, num_logits=num_logits),
+            logit_rows_R=self.logit_rows_R[:num_logits],
+        )
 
     def decode_rows(self, tokens: Range) -> DecodeRows | None:
         """Decode rows of the step in a range of a decode nano-op."""

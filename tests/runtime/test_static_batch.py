@@ -158,3 +158,15 @@ def test_tensors_stay_where_they_are():
 def test_a_step_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="does not fit 24 rows"):
         place_rows(SCHEDULES["sequential"], 20, 5)
+
+
+def test_batches_with_fewer_logit_rows_are_views_of_the_same_memory():
+    wide = StaticBatch.make(SCHEDULES["sequential"], SIZES, torch.arange(17), is_captured=True)
+    narrow = wide.narrowed(4)
+    narrow.fill(step_of([(3, 5, 9), (8, 2, 9)], []), page_table())
+    assert narrow.logit_slots.tolist() == [3, 8, SLOTS, SLOTS]
+    assert narrow.logit_rows_R.tolist() == [0, 1, 0, 0]
+    assert wide.logit_slots.tolist() == [3, 8, *[SLOTS] * 22]
+    assert narrow.positions_T is wide.positions_T
+    with pytest.raises(ValueError, match="choose one with more logit rows"):
+        narrow.fill(step_of([(slot, 5, 9) for slot in range(5)], []), page_table())
