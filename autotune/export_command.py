@@ -11,7 +11,7 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -22,6 +22,7 @@ from ..runtime.plan_io import load_plan
 from ..runtime.plan_schema import plan_schema
 from ..search_spaces.loader import load_hardware, load_model
 from ..search_spaces.records import content_hash
+from ..search_spaces.schema import DTYPE_BYTES, Dtype
 from ..search_spaces.whole_file import write_whole
 from .export_facts import PDMUX_MIN_GROUPS
 from .export_sglang import PDMUX_FILE, export_sglang
@@ -106,6 +107,14 @@ def _profile(options: argparse.Namespace, plan: Plan) -> tuple[Profile | None, l
             f"a profile must be of the plan's GPU, but it is of {profile.hardware!r} and the plan "
             f"of {plan.hardware!r}; give another --profile"
         )
+    if DTYPE_BYTES[cast(Dtype, profile.dtype)] != DTYPE_BYTES[plan.dtype]:
+        if options.profile != "shipped":
+            raise ValueError(
+                f"a profile must be of the plan's element width, but it is of {profile.dtype} and "
+                f"the plan of {plan.dtype}; give another --profile, or --profile roofline"
+            )
+        why = f"the shipped profile is of {profile.dtype}, the plan of {plan.dtype}"
+        return None, [f"curves come from the datasheet, which flatters every kernel: {why}"]
     notes = [f"curves come from the {options.profile} profile, not from runs of SGLang"]
     made_from = plan.inputs.get("profile")
     if made_from and made_from != content_hash(profile):

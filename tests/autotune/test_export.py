@@ -202,6 +202,21 @@ def test_roofline_curves_say_so(capsys):
     assert "datasheet" in err
 
 
+def test_a_plan_of_another_element_width_gets_no_curves_of_the_shipped_profile(tmp_path, capsys):
+    plan = replace(load_plan(PLAN_8B), dtype="float32", kv_dtype="float32")
+    dump_plan(plan, tmp_path / "wide.yaml")
+    arguments = ["--to", "sglang", tmp_path / "wide.yaml", "--tpot-ms", 200, "--json"]
+    _, err = exported(capsys, *arguments)
+    assert "datasheet" in err
+    assert "the shipped profile is of bfloat16, the plan of float32" in err
+
+
+def test_vllm_captures_no_batch_larger_than_it_may_form():
+    plan = load_plan(PLAN_70B)
+    small = replace(plan, buckets=(*plan.buckets[-1:], *plan.buckets))
+    assert max(capture_sizes(small)) <= small.buckets[0].dense_batch_tokens
+
+
 @pytest.mark.parametrize(
     ("groups", "rows"),
     [
@@ -222,3 +237,19 @@ def test_tables_that_sglang_would_refuse_or_misuse_are_caught(groups, rows):
 def test_unknown_keys_are_never_emitted():
     with pytest.raises(AssertionError, match="sm_groups"):
         PDMUX.check(["sm_group_num", "sm_groups"])
+
+
+def test_all_gathers_of_a_plan_are_named_as_lost():
+    from nanoflow_tune.autotune.export_lossy import losses
+    from nanoflow_tune.runtime.plan import NanoOp
+
+    schedule = load_plan(PLAN_70B).buckets[0].sequential.schedule
+    target = dict.fromkeys(("kernels", "lanes", "sm_shares", "transports"), "its own")
+    assert "output_form" not in {loss.decision for loss in losses(schedule, 132, target)}
+    rows = schedule.nano_batches[0].tokens
+    gather = NanoOp(op="o_all_gather", tokens=rows, lane="network", num_sms=132, variant="nccl")
+    gathering = replace(schedule, nano_ops=(*schedule.nano_ops, gather))
+    (lost,) = [x for x in losses(gathering, 132, target) if x.decision == "output_form"]
+    assert (
+        lost.plan == f"all-gathers before and behind the output projection of rows [0, {rows[1]})"
+    )
