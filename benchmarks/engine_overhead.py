@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import math
 import os
 import statistics
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 REACH = "<= 2"
 SETTLING, SKIPPED = 4, 2
 """Steps before the first that is timed, and recorded ones before the first that counts."""
-SHOWN_GAPS = 10
+SHOWN_GAPS, SHOWN_KERNELS = 10, 16
 NAME_LENGTH = 60
 PROMPT = 384
 TINY_ROWS, TINY_PAGES, TINY_PROMPT = 64, 600, 24
@@ -181,6 +182,7 @@ def serve(
         if is_cuda:
             torch.cuda.set_device(device)  # of this thread
         runner = serving_run.make_runner(context, case, loaded, chosen)
+        gc.freeze()  # as servers do behind their warm-up, which would take longer than this run
         watched.append(Watched(runner, round(plan.buckets[0].decode_tokens), steps, profiler))
         return watched[0]
 
@@ -209,25 +211,38 @@ def serve(
     return watched[0]
 
 
-def describe(found: TraceTimes, watched: Watched) -> str:
-    """Steps with and without the profiler, and the longest gaps."""
+def describe_plain(watched: Watched) -> str:
+    """Steps without the profiler."""
     plain_ms = [1e3 * s for s in watched.plain_step_s]
+    return (
+        f"a step of {min(watched.rows)} to {max(watched.rows)} rows without the profiler: "
+        f"{statistics.median(plain_ms):.3f} ms ({min(plain_ms):.3f} to {max(plain_ms):.3f}, "
+        f"{len(plain_ms)} steps)"
+    )
+
+
+def describe(found: TraceTimes, watched: Watched) -> str:
+    """Recorded steps, the longest gaps, and where the time goes."""
+    plain_ms = statistics.median(1e3 * s for s in watched.plain_step_s)
     recorded_ms = [1e-3 * step.wall_us for step in found.steps]
     kernel_ms = statistics.median(1e-3 * step.kernel_us for step in found.steps)
     lines = [
-        f"a step without the profiler {statistics.median(plain_ms):.3f} ms "
-        f"({min(plain_ms):.3f} to {max(plain_ms):.3f}), with it "
-        f"{statistics.median(recorded_ms):.3f} ms, of which kernels {kernel_ms:.3f} ms; "
-        f"{len(found.steps)} recorded, rows {min(watched.rows)} to {max(watched.rows)}",
+        f"recorded: {statistics.median(recorded_ms):.3f} ms ({min(recorded_ms):.3f} to "
+        f"{max(recorded_ms):.3f}, {len(recorded_ms)} steps), of which kernels {kernel_ms:.3f} ms",
         f"outside of kernels {found.overhead_percent:.3f} %, of kernels and copies "
         f"{found.idle_percent:.3f} %; by the time without the profiler "
-        f"{100 * (1 - kernel_ms / statistics.median(plain_ms)):.3f} %",
+        f"{100 * (1 - kernel_ms / plain_ms):.3f} %",
         f"the longest of {len(found.gaps)} gaps, us:",
     ]
     for gap in found.gaps[:SHOWN_GAPS]:
         copies = f" [{', '.join(gap.copies)}]" if gap.copies else ""
         before, after = gap.before[:NAME_LENGTH], gap.after[:NAME_LENGTH]
         lines.append(f"{gap.length_us:10.2f}  {before} -> {after}{copies}")
+    lines.append("kernels of a step, ms and launches:")
+    for kernel in found.kernels[:SHOWN_KERNELS]:
+        steps = len(found.steps)
+        ms, count = 1e-3 * kernel.total_us / steps, kernel.count / steps
+        lines.append(f"{ms:10.3f} {count:7.1f}  {kernel.name[: 2 * NAME_LENGTH]}")
     return "\n".join(lines)
 
 
@@ -295,9 +310,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trace = options.trace or Path(folder) / "trace.json"
         watched = serve(plan, case, options.book, device, options.steps, trace)
+        print(describe_plain(watched), flush=True)
         if options.tiny:
-            steps = watched.plain_step_s
-            print(f"{len(steps)} steps of {1e3 * statistics.median(steps):.2f} ms; no figure")
             return
         found = times(read_trace(trace), SKIPPED)
     print(describe(found, watched))

@@ -61,11 +61,23 @@ class StepTime:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KernelTime:
+    """All launches of one kernel."""
+
+    name: str
+    count: int
+    total_us: float
+    """Kernels side by side count both."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TraceTimes:
     """Steps of a trace in order, and all gaps within them, the longest first."""
 
     steps: tuple[StepTime, ...]
     gaps: tuple[Gap, ...]
+    kernels: tuple[KernelTime, ...]
+    """Of these steps, those that take longest first."""
 
     @property
     def overhead_percent(self) -> float:
@@ -143,7 +155,22 @@ def times(activities: Sequence[Activity], skipped: int = 2) -> TraceTimes:
         )
         for start, end in pairwise(ends)
     )
-    return TraceTimes(steps=steps, gaps=_gaps(activities, kernels, ends[0], ends[-1]))
+    within = [kernel for kernel in kernels if ends[0] <= kernel.start_us < ends[-1]]
+    return TraceTimes(
+        steps=steps,
+        gaps=_gaps(activities, kernels, ends[0], ends[-1]),
+        kernels=_kernel_times(within),
+    )
+
+
+def _kernel_times(kernels: Iterable[Activity]) -> tuple[KernelTime, ...]:
+    lengths: dict[str, list[float]] = {}
+    for kernel in kernels:
+        lengths.setdefault(kernel.name, []).append(kernel.end_us - kernel.start_us)
+    found = (
+        KernelTime(name=name, count=len(mine), total_us=sum(mine)) for name, mine in lengths.items()
+    )
+    return tuple(sorted(found, key=lambda kernel: -kernel.total_us))
 
 
 def _union(activities: Iterable[Activity]) -> list[tuple[float, float]]:

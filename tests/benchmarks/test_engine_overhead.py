@@ -76,7 +76,24 @@ def test_the_profiler_runs_between_the_steps_that_are_timed(overhead):
 
 def test_a_run_on_the_cpu_times_its_steps(overhead, capsys):
     overhead.main(["--tiny", "--steps", "3"])
-    assert capsys.readouterr().out.startswith("4 steps of ")
+    assert "without the profiler: " in capsys.readouterr().out
+
+
+def test_what_was_recorded_is_told_beside_what_was_not(overhead, load):
+    trace = load("kernel_trace")
+    activities = []
+    for at in range(0, 600, 100):
+        activities += [
+            trace.Activity(at + 1.0, at + 91.0, "kernel", "gemm", 7),
+            trace.Activity(at + 95.0, at + 100.0, "copy", "Memcpy DtoH (Device -> Pinned)", 7),
+        ]
+    watched = SimpleNamespace(plain_step_s=[96e-6, 96e-6])
+    said = overhead.describe(trace.times(activities), watched)
+    assert "recorded: 0.100 ms (0.100 to 0.100, 3 steps), of which kernels 0.090 ms" in said
+    assert "outside of kernels 10.000 %, of kernels and copies 5.000 %" in said
+    assert "profiler 6.250 %" in said
+    assert "10.00  gemm -> gemm [Memcpy DtoH (Device -> Pinned)]" in said
+    assert "0.090     1.0  gemm" in said
 
 
 def test_the_figure_is_of_all_recorded_steps(overhead):

@@ -46,6 +46,8 @@ def test_time_outside_of_kernels_is_of_the_union_over_streams(trace, tmp_path):
         assert one.overhead_percent == pytest.approx(10.0)
     assert found.overhead_percent == pytest.approx(10.0)
     assert found.idle_percent == pytest.approx(4.0)
+    kernels = [(kernel.name, kernel.count, kernel.total_us) for kernel in found.kernels]
+    assert kernels == [("attention", 3, 180.0), ("gemm", 3, 150.0), ("down", 3, 72.0)]
 
 
 def test_gaps_are_named_by_the_kernels_around_them(trace, tmp_path):
