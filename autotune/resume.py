@@ -14,12 +14,18 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from ..runtime.plan import Schedule, Timing
-from ..search_spaces.records import SpecError, content_hash, from_mapping, to_mapping
+from ..search_spaces.records import (
+    SpecError,
+    content_hash,
+    from_mapping,
+    read_bounded,
+    to_mapping,
+)
 from ..search_spaces.whole_file import write_whole
 from .search import SearchResult
 
@@ -39,6 +45,8 @@ class _Turn:
     key: str
     schedules: tuple[str, ...]
     timings: tuple[Timing, ...]
+    digest: str = ""
+    """Of the rest: a damaged line is no measurement."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +55,8 @@ class _Search:
 
     key: str
     result: SearchResult
+    digest: str
+    """Of the result: a damaged one is none."""
 
 
 class KeptRun:
@@ -78,7 +88,8 @@ class KeptRun:
             if known is not None:
                 return known
             timings = tuple(measure(schedules))
-            self._add(_Turn(key=self._key, schedules=names, timings=timings))
+            turn = _Turn(key=self._key, schedules=names, timings=timings)
+            self._add(replace(turn, digest=content_hash(turn)))
             return timings
 
         return kept
@@ -87,7 +98,7 @@ class KeptRun:
         """Keep a finished search and the database of its study."""
         if study.exists():
             shutil.copyfile(study, self._folder / STUDY)
-        held = to_mapping(_Search(key=self._key, result=result))
+        held = to_mapping(_Search(key=self._key, result=result, digest=content_hash(result)))
         write_whole(self._folder / SEARCH, json.dumps(held, separators=(",", ":")) + "\n")
 
     def take_study(self, study: Path) -> None:
@@ -117,7 +128,8 @@ class KeptRun:
                 turn = from_mapping(_Turn, _parsed(line), MEASURED)
             except SpecError:
                 continue  # cut off, or damaged: it is measured again
-            if turn.key == self._key and len(turn.schedules) == len(turn.timings):
+            is_whole = turn.digest == content_hash(replace(turn, digest=""))
+            if turn.key == self._key and is_whole:
                 turns.append(turn)
         return turns
 
@@ -126,7 +138,8 @@ class KeptRun:
             held = from_mapping(_Search, _parsed(_text(self._folder / SEARCH)), SEARCH)
         except SpecError:
             return None
-        return held.result if held.key == self._key else None
+        is_whole = held.digest == content_hash(held.result)
+        return held.result if held.key == self._key and is_whole else None
 
 
 @contextmanager
@@ -163,8 +176,8 @@ def check_resumable(folder: Path, *, points: int, kept: KeptRun) -> None:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return read_bounded(path).decode("utf-8")
+    except (OSError, ValueError):
         return ""
 
 

@@ -208,11 +208,18 @@ def test_plan_yaml_for_sglang(content):
         run(("export", "--to", "sglang", "plan.yaml", "--profile", "roofline"))
 
 
-DOCUMENTS = sorted(REPORTS.glob(f"*/{DOCUMENT}"))
+def report_of_today():
+    """A shipped report, with what was measured of each nano-op and the history of the search."""
+    values = json.loads(sorted(REPORTS.glob(f"*/{DOCUMENT}"))[0].read_bytes())
+    values["history"] = [[0, "sequential", 7e4], [1, "overlapped_milp", 7.1e4]]
+    for rows in values["ops"].values():
+        for row in rows:
+            row["measured_us"] = 1.05 * row["beside_us"]
+    return json.dumps(values, indent=2).encode()
 
 
 @tries(60, 3000)
-@given(damaged(DOCUMENTS[0].read_bytes()))
+@given(damaged(report_of_today()))
 def test_report_json(content):
     with empty_folder():
         Path("job").mkdir()
