@@ -169,7 +169,7 @@ class Learner:
         self._graph, self._base, self._mix = graph, cost_model, mix
         self._plans: dict[_Key, tuple[Schedule, _Plan]] = {}
         self._names_K: list[str] = []
-        self._covariance_KK = np.zeros((0, 0))
+        self._covariance_KK, self._noise = np.zeros((0, 0)), NOISE
         self._stepped: dict[str, CostModel] = {}
 
     def __len__(self) -> int:
@@ -211,18 +211,20 @@ class Learner:
             logs_K = np.linalg.solve(normal_KK, weights_PK.T @ wanted_P)
             factors = {key: exp(value) for key, value in zip(keys, logs_K, strict=True)}
             missed_P = self._missed(factors)
+        error = float(np.sqrt(np.mean(missed_P**2)))
+        self._noise = max(NOISE, error)
         return Corrections(
             factors=factors,
             num_plans=len(plans),
-            error=float(np.sqrt(np.mean(missed_P**2))),
+            error=error,
             error_before=float(np.sqrt(np.mean(before_P**2))),
         )
 
     def doubt(self, schedule: Schedule, measured: Schedule) -> float:
         """Standard deviation of the corrected prediction of a schedule, relative to a measured one.
 
-        Of the logarithm, after the latest fit. Factors that no measured plan depends on are as
-        uncertain as they were.
+        Of the logarithm, after the latest fit; larger where that left more than `NOISE`. Factors
+        that no measured plan depends on are as uncertain as they were.
         """
         wanted = self._weights(schedule)
         for name, weight in self._plans[_key(measured)][1].weights.items():
@@ -230,7 +232,7 @@ class Learner:
         weights_K = np.array([wanted.pop(name, 0.0) for name in self._names_K])
         known = float(weights_K @ self._covariance_KK @ weights_K)
         unknown = sum((weight * _spread(name)) ** 2 for name, weight in wanted.items())
-        return sqrt(known + unknown + NOISE**2)
+        return sqrt((known + NOISE**2) * (self._noise / NOISE) ** 2 + unknown)
 
     def _missed(self, factors: Mapping[str, float]) -> NDArray[np.float64]:
         """log(measured / predicted) of each plan with some factors, shape [P]."""

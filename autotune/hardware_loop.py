@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..runtime.plan import Candidate, Schedule, Timing
 from .corrections import NO_CORRECTIONS, CorrectedCostModel, Corrections, Learner
+from .ping_pong_grid import best_of_grid
 from .refine import Family, ask, open_study, replayed
 from .simulator import predict
 
@@ -31,8 +32,9 @@ PROPOSED = 2
 """Of them by the corrected model, and more where the study's own are pruned."""
 LEAST_PLANS = 3
 """Measured plans before the model proposes."""
-PROPOSAL_TRIALS = 60
-LEAST_MARGIN, DOUBTS = 0.03, 2.0
+PROPOSAL_TRIALS, BEST_TRIALS = 40, 5
+"""Of the study of the corrected model, and measured ones that it starts from."""
+LEAST_MARGIN, DOUBTS = 0.04, 2.0
 """A trial is pruned when it is predicted slower than the incumbent by more than this part, and by
 more than this many standard deviations of the corrected prediction."""
 OWN_ASKED = 3
@@ -111,7 +113,10 @@ class _Loop:
     enqueue: Sequence[Mapping[str, Any]]
     learner: Learner
     incumbent: tuple[Schedule, float] | None = None
-    """The fastest measured overlapped schedule, as all of the family are, and its period."""
+    """The fastest measured schedule like those of the family, overlapped in two nano-batches, and
+    its period."""
+    grid: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """Parameters that the model's studies start from."""
     num_measured: int = 0
     seen: set[int] = field(default_factory=set[int])
     """Numbers of trials that were taken in."""
@@ -119,17 +124,14 @@ class _Loop:
     def learn(self, schedule: Schedule, us: float) -> None:
         """Take in a measured period."""
         self.learner.add(schedule, us)
-        is_faster = self.incumbent is None or us < self.incumbent[1]
-        if schedule.is_overlapped and is_faster:
+        is_alike = schedule.is_overlapped and len(schedule.nano_batches) == 2
+        if is_alike and (self.incumbent is None or us < self.incumbent[1]):
             self.incumbent = schedule, us
 
     def resume(self) -> list[Candidate]:
         """Trials measured by an earlier run or by other workers: they teach, and are predicted."""
-        import optuna
-
         found: list[Candidate] = []
-        complete = (optuna.trial.TrialState.COMPLETE,)
-        for trial in self.study.get_trials(deepcopy=False, states=complete):
+        for trial in self.study.get_trials(deepcopy=False, states=(_states().COMPLETE,)):
             if trial.number in self.seen or trial.value is None:
                 continue
             self.seen.add(trial.number)
@@ -169,9 +171,19 @@ class _Loop:
             self.study.enqueue_trial(dict(parameters), user_attrs=why)
 
     def proposals(self, model: CorrectedCostModel, count: int) -> list[dict[str, Any]]:
-        """Parameters of the schedules, not measured yet, that the corrected model likes best."""
+        """Parameters of the schedules, not measured yet, that the corrected model likes best.
+
+        A study of the model alone, which starts from the best members of a coarse grid (in the
+        model as it was at first), from what was enqueued and from the best trials so far.
+        """
         family = self.family
-        study = open_study(family, self.seed + len(self.learner), "model", None, self.enqueue)
+        if not self.grid:
+            grid = best_of_grid(replace(family, cost_model=model, is_variant_free=False))
+            self.grid = [family.parameters(choice) for choice, _ in grid]
+        trials = self.study.get_trials(deepcopy=False, states=(_states().COMPLETE,))
+        trials.sort(key=lambda trial: trial.value or 0.0)
+        first = [*self.grid, *self.enqueue, *(trial.params for trial in trials[:BEST_TRIALS])]
+        study = open_study(family, self.seed + len(self.learner), "model", None, first)
         best: dict[Any, tuple[float, dict[str, Any]]] = {}
         for _ in range(PROPOSAL_TRIALS):
             trial, schedule = ask(study, family)
@@ -192,9 +204,7 @@ class _Loop:
         model: CorrectedCostModel,
     ) -> None:
         """Ask for at most `asked` trials until `count` worth measuring are chosen."""
-        import optuna
-
-        states, family = optuna.trial.TrialState, self.family
+        states, family = _states(), self.family
         for _ in range(asked):
             if len(chosen) >= count:
                 break
@@ -245,6 +255,13 @@ class _Loop:
                 Candidate(schedule=item.schedule, predicted=item.predicted, measured=timing)
             )
         return found
+
+
+def _states() -> type[optuna.trial.TrialState]:
+    """Optuna is imported where a study begins."""
+    import optuna
+
+    return optuna.trial.TrialState
 
 
 def _is_same(a: Schedule, b: Schedule) -> bool:
