@@ -18,6 +18,10 @@ Part = Literal["overlap", "kernels", "target"]
 running the batch gains or costs."""
 
 
+_TARGET_FORM = "one all-reduce behind an output projection that is split by rows"
+"""Of both targets, on any rows."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
     """One decision that is lost."""
@@ -65,6 +69,11 @@ def losses(schedule: Schedule, num_sms: int, target: dict[str, str]) -> list[Los
             "order",
             f"issue order over {schedule.max_stage + 1} layer(s), {edges} waits of its own",
         )
+    gathered = [op.tokens for op in schedule.nano_ops if op.op == "o_all_gather"]
+    if gathered:
+        rows = ", ".join(f"[{start}, {end})" for start, end in gathered)
+        plan = f"all-gathers before and behind the output projection of rows {rows}"
+        found.append(Loss(decision="output_form", plan=plan, target=_TARGET_FORM, part="kernels"))
     free = sorted({op.op for op in schedule.nano_ops if op.variant in SM_FREE_VARIANTS})
     if free:
         add("transports", f"{', '.join(free)} without SMs", "kernels")

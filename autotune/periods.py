@@ -26,7 +26,7 @@ def layer_phases(graph: OpGraph) -> tuple[list[int], list[int], list[int], list[
         if macro.any_ops[0].kind in ("decode_attention", "prefill_attention")
     ]
     before, after = list(range(attention[0])), list(range(attention[-1] + 1, len(macros)))
-    gather = after[:1] if macros[after[0]].lane == NETWORK else []
+    gather = [index for index in after[:1] if macros[index].lane == NETWORK]
     after = after[len(gather) :]
     cut = 2 if len(after) > 1 and macros[after[1]].lane == NETWORK else 1
     return before + attention, gather, after[:cut], after[cut:]

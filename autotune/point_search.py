@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from ..runtime.legality import check
 from ..runtime.op_graph import OpGraph, RowMix
@@ -137,14 +138,18 @@ class PointSearch:
                 continue
 
     def _ping_pongs(self, rows: RowMix) -> Iterator[Schedule]:
-        """The equal split, and where collectives can go without SMs also the whole-GPU one."""
+        """The equal split, and where collectives can go without SMs also the whole-GPU one.
+
+        Each with both nano-batches in one form, in every form.
+        """
         hardware = self.cost_model.hardware
         choice = equal_split_choice(self.graph, rows, hardware, self.space)
         choices = [choice, replace(choice, order="blocks")]
         if has_sm_free(self.graph, self.cost_model):
             whole = whole_gpu_choice(choice.first_tokens, choice.row_order, hardware.num_sms)
             choices.append(whole)
-        for choice in choices:
+        for choice, form in product(choices, self.graph.forms):
+            choice = replace(choice, forms=(form, form))
             try:
                 yield ping_pong(self.graph, self.cost_model, rows, choice, NAME)
             except IllegalScheduleError:
