@@ -10,6 +10,7 @@ All requests are known at the start and run to their full lengths; the whole run
 included. Lengths are constant, log-normal with a workload's moments (ShareGPT, LMSYS, Splitwise as
 in table 4 of arXiv 2408.12757), or those of a CSV with the columns ContextTokens and
 GeneratedTokens.
+`--dry-run` needs no GPU: the scheduler alone runs, and the plan says what each step takes.
 `--books` is the ablation: `sequential`, `nano_only` (split, one lane), `overlapped` (the best one),
 `winner` (the plan as it is), `offload` (the winner, finished requests' pages kept). Every row has
 tokens/s, joules/token, watts and clocks. Percent of optimal is 2 P FLOPs a token at the sustained
@@ -42,9 +43,11 @@ from nanoflow_tune.autotune.ablation import (
 from nanoflow_tune.autotune.bench_command import serve_all
 from nanoflow_tune.autotune.op_table import gemm_peak
 from nanoflow_tune.autotune.provenance import commit as this_commit
-from nanoflow_tune.profiler.serving_case import ServingCase, ServingRun
+from nanoflow_tune.profiler.serving_case import Contender, ServingCase, ServingRun
+from nanoflow_tune.profiler.serving_forecast import forecast
 from nanoflow_tune.profiler.store import load_profile, profile_files
 from nanoflow_tune.runtime.op_graph import OpGraph
+from nanoflow_tune.runtime.plan import Plan
 from nanoflow_tune.runtime.plan_io import load_plan
 from nanoflow_tune.search_spaces.loader import load_hardware, load_model, load_workload
 
@@ -115,6 +118,23 @@ def figure_rows(
     return rows
 
 
+def print_forecasts(
+    names: Sequence[str], cases: Sequence[ServingCase], plan: Plan, contenders: Sequence[Contender]
+) -> None:
+    """What the scheduler and the plan's times say of the runs."""
+    for name, case in zip(names, cases, strict=True):
+        for item in contenders:
+            found = forecast(case, plan, item.book)
+            print(
+                f"{name}, {len(case.lengths)} requests, {item.name}: predicted "
+                f"{found.tokens_per_s_per_gpu:.0f} tokens/s/GPU in {found.elapsed_s:.1f} s; "
+                f"{found.steps} steps of {found.mean_rows:.0f} rows, "
+                f"{100 * found.full_steps / found.steps:.0f} % full, {found.padding_rows} rows of "
+                f"padding; pages {100 * found.peak_pages:.0f} % at most, "
+                f"{100 * found.mean_pages:.0f} % on average, {found.preemptions} preemptions"
+            )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="benchmarks/offline.py",
@@ -132,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-model-len", type=int, help="longer requests are cut or left out (the model's)")
     add("--books", default="sequential,winner", help=f"of {', '.join(BOOKS)} (%(default)s)")
     add("--dense-batch", type=int, metavar="ROWS", help="constant dense batch (the plan's own)")
+    add("--dry-run", action="store_true", help="predict steps and time without a GPU")
     add("--rounds", type=int, default=1, help="interleaved runs of each book (%(default)s)")
     add("--num-pages", type=int, help="of the KV cache (default: what fits)")
     add("--profile", type=Path, default=Path("results/profiles/h200"), help="for the GEMM peak")
@@ -186,6 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.dense_batch is not None:
         for item in contenders:
             item.book.aim_at(options.dense_batch)
+    if options.dry_run:
+        print_forecasts(names_of_cases, cases, plan, contenders)
+        return
     all_runs = serve_all(cases, contenders, options.rounds, is_gpu=not options.tiny)
     profile = None if options.tiny else load_profile(profile_files(options.profile))
     peak = gemm_peak(profile, hardware, model.torch_dtype) if not options.tiny else None

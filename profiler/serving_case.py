@@ -13,11 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..runtime.plan_choice import PlanBook
+from ..runtime.scheduler_records import SchedulerLimits
 from ..runtime.sequence import EngineStats
 from ..search_spaces.schema import HardwareSpec, ModelSpec
 
 if TYPE_CHECKING:
     from ..runtime.launch import RankContext
+
+
+RESERVED_BYTES = 8 << 30
+"""Of a GPU's memory, for activations, logits, graphs and libraries."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +55,15 @@ class ServingCase:
     def expected_decode_tokens(self) -> float:
         """Mean generated length."""
         return statistics.mean(generated for _, generated in self.lengths)
+
+    def limits(self, book: PlanBook) -> SchedulerLimits:
+        """What a scheduler is told that serves the case with a book."""
+        return SchedulerLimits(
+            max_model_len=self.max_model_len,
+            max_running=min(book.target_rows, len(self.lengths)),
+            max_waiting=len(self.lengths),
+            expected_decode_tokens=self.expected_decode_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,17 +33,14 @@ from ..runtime.op_graph import OpGraph
 from ..runtime.plan import Schedule
 from ..runtime.rank_runner import LeadingRunner, follow, step_group
 from ..runtime.schedule import has_o_columns
-from ..runtime.scheduler_records import SchedulerLimits
 from ..runtime.sequence import Event, FinishEvent, GenerationRequest, SamplingParams
 from ..runtime.step import StepInputs
 from ..runtime.verify_rank import default_resources
 from ..runtime.weights import Weights, random_weights
 from ..search_spaces.schema import ModelSpec
 from .power import PowerMeter
-from .serving_case import Contender, ServingCase, ServingRun
+from .serving_case import RESERVED_BYTES, Contender, ServingCase, ServingRun
 
-RESERVED_BYTES = 8 << 30
-"""Of a GPU's memory, for activations, logits, graphs and libraries."""
 _POLL_S = 0.1
 
 
@@ -242,12 +239,7 @@ def engine_config(case: ServingCase, loaded: Loaded, contender: Contender) -> En
     return EngineConfig(
         model_name=case.model.name,
         vocab_size=case.model.vocab_size,
-        limits=SchedulerLimits(
-            max_model_len=case.max_model_len,
-            max_running=min(contender.book.target_rows, len(case.lengths)),
-            max_waiting=len(case.lengths),
-            expected_decode_tokens=case.expected_decode_tokens,
-        ),
+        limits=case.limits(contender.book),
         num_pages=num_pages,
         page_size=case.page_size,
         offload_host_pages=contender.offload_host_pages,
