@@ -138,7 +138,7 @@ def _cell(point: Mapping[str, Any] | None) -> str:
 def _from(found: Mapping[str, Any]) -> str:
     if found["tokens"] is not None:
         return str(found["tokens"])
-    return f"{', '.join(map(str, found['wins_at']))} alone" if found["wins_at"] else "never"
+    return f"only at {', '.join(map(str, found['wins_at']))}" if found["wins_at"] else "never"
 
 
 def _regret_text(regret: Mapping[str, Any] | None) -> str:

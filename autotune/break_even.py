@@ -58,8 +58,8 @@ def sentence(found: BreakEven) -> str:
     where = f"{found.mix.replace('_', ' ')} batches at {found.decode_context_tokens:.0f} keys"
     if found.tokens is None and found.wins_at:
         return (
-            f"overlap pays for {where} at {', '.join(map(str, found.wins_at))} tokens alone, and "
-            f"not at the largest size looked at, {found.largest_tokens}"
+            f"overlap pays for {where} at {', '.join(map(str, found.wins_at))} tokens, but not at "
+            f"the largest size looked at, {found.largest_tokens}"
         )
     if found.tokens is None:
         return (

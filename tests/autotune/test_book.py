@@ -142,7 +142,7 @@ def test_a_win_that_does_not_last_to_the_largest_size_is_no_break_even():
 
     even = find_break_even([last, buckets[0], buckets[1]], 128, ask)
     assert (even.tokens, even.wins_at) == (None, (256, 512))
-    assert "at 256, 512 tokens alone" in sentence(even)
+    assert "at 256, 512 tokens, but not" in sentence(even)
 
 
 def test_every_point_of_a_book_may_run_and_the_main_one_is_first(tmp_path):
