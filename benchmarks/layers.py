@@ -1,7 +1,7 @@
 """One layer, sequential against overlapped, on the real executor: `layer_8b`, `layer_70b_tp2`.
 
-    python benchmarks/layers.py --case 8b --profile results/profiles/h200
-    python benchmarks/layers.py --case 70b --profile results/profiles/h200
+    python benchmarks/layers.py --case 8b --search-only 8b.yaml      here, without a GPU
+    python benchmarks/layers.py --case 8b --schedules 8b.yaml        there: about 80 s
 
 The search makes schedules from the profile (`--search-only` needs no GPU and stores them for
 `--schedules`). All sequential and the best overlapped ones take turns as CUDA graphs of 16 and of 4
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from nanoflow_tune.profiler.layer_turns import LayerTurns
 
 RACE_ROUNDS, RACE_TURN_S = 2, 0.25
-FINAL_ROUNDS, FINAL_TURN_S = 6, 0.5
+FINAL_ROUNDS, FINAL_TURN_S = 5, 0.5
 FINALISTS = 2
 """Of each kind: the race is too short to tell neighbours apart."""
 OVERLAPPED_IN_RACE, SEQUENTIAL_IN_RACE = 6, 3

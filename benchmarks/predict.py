@@ -236,9 +236,9 @@ def figures(rows: Sequence[Comparison], origin: dict[str, str]) -> list[FigureRo
         )
     errors = [abs(row.error) for row in rows]
     rank = rank_correlation([row.predicted_us for row in rows], periods)
-    case = f"{rows[0].case}, {len(rows)} plans"
-    span = f"periods {min(periods):.0f}-{max(periods):.0f} us"
-    signed = f"errors {min(r.error for r in rows):+.1f} to {max(r.error for r in rows):+.1f} %"
+    case = rows[0].case
+    span = f"{len(rows)} plans; periods {min(periods):.0f}-{max(periods):.0f} us"
+    signed = f"{min(r.error for r in rows):+.1f} to {max(r.error for r in rows):+.1f}; {span}"
     return [
         FigureRow(id=name, case=case, value=value, unit=unit, reach=reach, spread=kept, **origin)
         for name, value, unit, reach, kept in (

@@ -142,11 +142,11 @@ def figure(
     """The row of one case."""
     return FigureRow(
         id="refine_gain",
-        case=f"{case.label}, {num_trials} trials, {winner.name}",
+        case=case.label,
         value=statistics.median(gains),
         unit="x",
         reach=">= 1.00",
-        spread=spread_of(gains),
+        spread=f"{spread_of(gains)}; {num_trials} trials; fastest: {winner.name}",
         **origin,
     )
 

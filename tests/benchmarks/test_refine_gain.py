@@ -107,4 +107,4 @@ def test_the_gain_is_the_solvers_layer_over_that_of_the_fastest_measured(
     assert calls[0][1] == tuple(p.schedule for p in predictions)
     assert calls[-1][0] == "measure_turns"
     assert calls[-1][1][0] == gain.solvers_plan(predictions)
-    assert f"{sum(len(s) - 1 for name, s in calls[1:-1])} trials" in row.case
+    assert f"{sum(len(s) - 1 for name, s in calls[1:-1])} trials" in row.spread
