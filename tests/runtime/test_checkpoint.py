@@ -168,6 +168,19 @@ def test_a_rank_reads_its_own_slices_only(saved, monkeypatch):
     assert sum(read) == (whole - 2 * embedding - norms) // 4 + embedding + norms + last_head
 
 
+def test_the_output_projection_is_read_in_both_forms_where_a_plan_needs_both(saved):
+    matrices = make_model("llama").state_dict()
+    whole = [matrices[f"model.layers.{i}.self_attn.o_proj.weight"] for i in range(2)]
+    ranks = [
+        load_checkpoint(saved, rank=r, tp_degree=4, device=CPU, with_o_columns=True)[1]
+        for r in range(4)
+    ]
+    for layer, full in enumerate(whole):
+        parts = [rank.layers[layer] for rank in ranks]
+        assert torch.equal(torch.cat([part.o_columns_WA for part in parts]), full)
+        assert torch.equal(torch.cat([part.o_proj_DQ for part in parts], dim=1), full)
+
+
 class _CountingSlice:
     def __init__(self, stored, read):
         self.stored, self.read = stored, read

@@ -9,7 +9,9 @@ import pytest
 import torch
 from builders import GATHER, gathering, ping_pong, sequential, tiny_model
 
-from nanoflow_tune.runtime.executor import Executor
+from nanoflow_tune.runtime.batching import DenseBatch
+from nanoflow_tune.runtime.executor import Executor, Resources
+from nanoflow_tune.runtime.kv_cache import PagedKvCache
 from nanoflow_tune.runtime.launch import RankGroup
 from nanoflow_tune.runtime.legality import check
 from nanoflow_tune.runtime.op_graph import OpGraph, RowMix
@@ -20,6 +22,7 @@ from nanoflow_tune.runtime.schedule import (
     has_o_columns,
     output_forms,
 )
+from nanoflow_tune.runtime.steady_state import steady_requests
 from nanoflow_tune.runtime.verify import cpu_case, verify_schedule
 from nanoflow_tune.runtime.weights import random_weights
 from nanoflow_tune.search_spaces.loader import load_model
@@ -155,30 +158,47 @@ def test_random_weights_of_the_second_form_are_the_same_matrix_cut_the_other_way
     assert whole.layers[0].o_columns_WA is None
 
 
-def test_a_schedule_that_gathers_asks_for_the_second_form_of_the_weights():
-    from nanoflow_tune.runtime.batching import DenseBatch
-    from nanoflow_tune.runtime.executor import Resources
-    from nanoflow_tune.runtime.kv_cache import PagedKvCache
-    from nanoflow_tune.runtime.steady_state import steady_requests
-
+def executor_of(rows: int, gathers: bool, with_o_columns: bool = True) -> Executor:
+    """One rank's executor of a sequential schedule, not to be run."""
     cpu = torch.device("cpu")
-    mix = replace(MIX, decode_tokens=4, prefill_tokens=4, decode_context_tokens=9)
+    half = rows // 2
+    mix = replace(MIX, decode_tokens=half, prefill_tokens=half, decode_context_tokens=9)
     mix = replace(mix, prefill_context_tokens=2.5)
     cache = PagedKvCache(MODEL, num_pages=64, device=cpu, tp_degree=2)
     requests = steady_requests(mix, cache, vocab_size=61, seed=0, mixed_lengths=False)
-    batches = (NanoBatch(tokens=(0, 8), decode_tokens=4),)
+    batches = (NanoBatch(tokens=(0, rows), decode_tokens=half),)
     batch = DenseBatch.build(batches, requests, page_size=cache.page_size, device=cpu)
-    weights = random_weights(MODEL, tp_degree=2, device=cpu)
-    schedule = gathering(sequential(GRAPH, 8, 4), (True,))
+    weights = random_weights(MODEL, tp_degree=2, device=cpu, with_o_columns=with_o_columns)
+    schedule = gathering(sequential(GRAPH, rows, half), (gathers,))
+    resources = Resources(groups={"compute": None})
+    return Executor(GRAPH, weights, cache, batch, schedule, resources)
+
+
+def test_a_schedule_that_gathers_asks_for_the_second_form_of_the_weights():
     with pytest.raises(ValueError, match="make them with `with_o_columns`"):
-        Executor(GRAPH, weights, cache, batch, schedule, Resources(groups={"compute": None}))
+        executor_of(8, gathers=True, with_o_columns=False)
+
+
+def test_executors_that_share_buffers_get_those_of_their_form():
+    plain, gathering_one = (executor_of(16, gathers).prepare() for gathers in (False, True))
+    assert plain.buffers.heads_TA is None
+    smaller = executor_of(8, gathers=True).prepare(shares_with=plain)
+    assert smaller.buffers.heads_TA.shape == (8, MODEL.qo_size)
+    assert smaller.buffers.qkv_TC.data_ptr() == plain.buffers.qkv_TC.data_ptr()
+    assert smaller.buffers.o_TD.data_ptr() != plain.buffers.o_TD.data_ptr()
+    for gathers in (False, True):
+        smaller = executor_of(8, gathers).prepare(shares_with=gathering_one)
+        for name in ("heads_TA", "o_columns_TW", "o_TD"):
+            own, shared = (getattr(e.buffers, name) for e in (smaller, gathering_one))
+            assert own.data_ptr() == shared.data_ptr()
 
 
 @pytest.mark.parametrize("tp_degree", [2, 4, 8])
 def test_forms_and_mixes_are_verified_on_every_rank(tp_degree):
     graph = OpGraph.build(MODEL, tp_degree)
     schedules = [gathering(sequential(graph, 64, 40), (True,))]
-    for gathers in ((True, True), (True, False), (False, True)):
+    mixes = ((True, False), (True, True), (False, True)) if tp_degree == 2 else ((True, False),)
+    for gathers in mixes:
         schedules.append(gathering(ping_pong(graph, 24, 64, (10, 16)), gathers))
     with RankGroup(tp_degree) as ranks:
         for schedule in schedules:
@@ -187,3 +207,8 @@ def test_forms_and_mixes_are_verified_on_every_rank(tp_degree):
             assert [result.num_ranks for result in results] == [tp_degree] * tp_degree
             assert all(result.max_relative_error <= 1e-5 for result in results)
             assert all(result.max_reference_error <= 1e-5 for result in results)
+        if tp_degree == 2:  # behind experts nothing changes
+            model = tiny_model("mixtral", num_attention_heads=16, num_key_value_heads=8)
+            schedule = ping_pong(OpGraph.build(model, 2), 24, 64, (10, 16))
+            case = cpu_case(model, gathering(schedule, (True, False)), 2)
+            assert all(result.passed for result in ranks.call(verify_schedule, case))
