@@ -22,7 +22,7 @@ from torch import Tensor
 from .batching import DenseBatch
 from .binding import Binder, Launch
 from .buffers import Buffers
-from .kernels import torch_ops
+from .kernels import registry, torch_ops
 from .kernels.gather_buffer import output_rows
 from .kv_cache import PagedKvCache
 from .op_graph import OpGraph
@@ -145,6 +145,10 @@ class Executor:
             for nano_op in (self.schedule.nano_ops[instance.index],)
         ]
         self._final_sums = binder.final_sums()
+        first_norm = next(
+            nano_op for nano_op in self.schedule.nano_ops if nano_op.op == "attn_norm"
+        )
+        self._final_norm = registry.kernel("norm", first_norm.variant, self.device.type)
         self.received = binder.received_buffers()
         """Rows that peers' copy engines write, by name; empty for other all-reduces."""
         self.fetching = frozenset(
@@ -328,7 +332,7 @@ class Executor:
         weights, rows_R = self.weights, self.batch.logit_rows_R
         torch.index_select(self.buffers.residual_TD, 0, rows_R, out=self._last_RD)
         torch.index_select(self.buffers.ffn_TD, 0, rows_R, out=self._delta_RD)
-        torch_ops.norm(
+        self._final_norm(
             self._last_RD,
             self._delta_RD,
             weights.final_norm_D,
