@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -233,7 +235,11 @@ class RankSetting:
             # Steps grow beyond the constant dense batch when a latency target leaves room.
             has_target = self.config.latency.tpot_s is not None
             usual = max(self.book.target_rows, self.config.limits.max_running)
-            runner.warm_up(None if has_target else usual)
+            began_s = time.monotonic()
+            count = runner.warm_up(None if has_target else usual)
+            if context.rank == 0:
+                took_s = time.monotonic() - began_s
+                print(f"nanoflow-serve: {count} graphs in {took_s:.0f} s", file=sys.stderr)
         return runner
 
 
