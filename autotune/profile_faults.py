@@ -17,8 +17,6 @@ from ..runtime.op_graph import GEMM_KINDS, OpGraph
 
 MAX_RATIO = 3.0
 MAX_FALL = 0.3
-NAMED_ROWS = 3
-"""Rows that a warning names; the others are counted."""
 
 
 class ContradictoryProfileError(ValueError):
@@ -61,11 +59,6 @@ def _name(row: Row) -> str:
         f"{point.kind} {point.shape} {point.variant} {point.tokens} tokens{keys} on "
         f"{point.num_sms} SMs ({row.median_us:g} us)"
     )
-
-
-def _named(rows: list[str]) -> str:
-    more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
-    return "; ".join(rows[:NAMED_ROWS]) + more
 
 
 def _refuse_contradictions(rows: list[Row]) -> None:
