@@ -24,20 +24,6 @@ if TYPE_CHECKING:
     from ..runtime.launch import RankContext
     from ..runtime.plan import Schedule, Timing
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpTime:
-    """When one instance of a nano-op ran, measured."""
-
-    index: int
-    """Position of the nano-op in `Schedule.nano_ops`."""
-    layer: int
-    start_us: float
-    """From the start of the iteration's first nano-op."""
-    end_us: float
-    slowdown: float = 0.0
-    """Against the nano-op alone, which a timeline does not tell: 0."""
-
-
 KV_POOL_BYTES = 24e9
 """Pages that attention points draw from: more than the largest point needs, far beyond L2."""
 
@@ -52,6 +38,20 @@ class IterationCase:
     mix: RowMix
     page_size: int = 16
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpTime:
+    """When one instance of a nano-op ran, measured."""
+
+    index: int
+    """Position of the nano-op in `Schedule.nano_ops`."""
+    layer: int
+    start_us: float
+    """From the start of the iteration's first nano-op."""
+    end_us: float
+    slowdown: float = 0.0
+    """Against the nano-op alone, which a timeline does not tell: 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
