@@ -7,11 +7,13 @@ run beside the blocks of the others; with `lag` 0 all work on the same block in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 
+from ..runtime.legality import check
 from ..runtime.op_graph import OpGraph, OutputForm, RowMix
-from ..runtime.plan import Schedule
+from ..runtime.plan import Candidate, Schedule
 from ..runtime.schedule import IllegalScheduleError
 from ..search_spaces.schema import SearchSpace
 from .certificate import CountBound
@@ -30,9 +32,12 @@ from .patterns import (
     total_tokens,
 )
 from .periods import layer_phases
+from .simulator import predict
 
 MAX_SHARES = 3
 """Shares of a side lane that are tried: spread over those of the space."""
+FORMED = 6
+"""Best members that are tried in all forms of the attention's output."""
 
 
 def even_sizes(count: int, total: int, step: int) -> tuple[int, ...]:
@@ -60,18 +65,55 @@ def layer_blocks(graph: OpGraph) -> tuple[list[int], list[int], list[int]]:
     return head + gather, output, ffn
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundRobin:
+    """One member of the family."""
+
+    split: Split
+    memory_sms: int
+    network_sms: int
+    lag: int
+    forms: tuple[OutputForm, OutputForm]
+    """Of the first nano-batch, and of all others."""
+
+
 def round_robins(
     graph: OpGraph,
     cost_model: CostModel,
     space: SearchSpace,
     mix: RowMix,
     count: CountBound,
-) -> Iterator[Schedule]:
+) -> list[Candidate]:
     """The family over the even cut and the one with the best bound, and a coarse grid of shares.
 
-    All nano-batches take one form, or the first another one than the rest.
-    Those that find no places are left out.
+    In the layer's own form first; the best `FORMED` in the other forms too. Those that find no
+    places are left out.
     """
+    own = graph.forms[0], graph.forms[0]
+
+    def predicted(members: Iterable[RoundRobin]) -> list[tuple[RoundRobin, Candidate]]:
+        found: list[tuple[RoundRobin, Candidate]] = []
+        for member in members:
+            schedule = _schedule_of(member, graph, cost_model, mix)
+            if schedule is not None:
+                timing = predict(schedule, graph, cost_model, mix)
+                found.append((member, Candidate(schedule=schedule, predicted=timing)))
+        return sorted(found, key=lambda pair: pair[1].predicted.period_us)
+
+    found = predicted(
+        RoundRobin(split=split, memory_sms=side, network_sms=link, lag=lag, forms=own)
+        for split, side, link, lag in _grid(graph, cost_model, space, mix, count)
+    )
+    others = list(product(graph.forms, repeat=2))[1:]
+    best_few = product([member for member, _ in found[:FORMED]], others)
+    found += predicted(replace(member, forms=forms) for member, forms in best_few)
+    return [candidate for _, candidate in found]
+
+
+def _grid(
+    graph: OpGraph, cost_model: CostModel, space: SearchSpace, mix: RowMix, count: CountBound
+) -> Iterator[tuple[Split, int, int, int]]:
+    """Cut, memory share, network share and lag."""
     even = even_sizes(count.num_nano_batches, total_tokens(mix), space.token_granularity)
     splits = [
         Split(sizes=sizes, row_order=order)
@@ -79,28 +121,35 @@ def round_robins(
         for order in space.row_orders
         if min(sizes) > 0
     ]
-    hardware, macros = cost_model.hardware, macro_ops(graph)
-    is_free = has_sm_free(graph, cost_model)
+    hardware, is_free = cost_model.hardware, has_sm_free(graph, cost_model)
     sides = _spread(legal_shares(MEMORY, hardware, space))
     links = _spread(legal_shares(NETWORK, hardware, space, is_free)) if graph.tp_degree > 1 else [0]
-    pairs = list(product(graph.forms, repeat=2))
-    for split, side, link, lag, (first, rest) in product(splits, sides, links, (0, 1), pairs):
-        batches = split_batches(split.sizes, split.row_order, mix)
-        forms: list[OutputForm] = [rest if batch else first for batch in range(len(batches))]
-        shares = {
-            MEMORY: side,
-            NETWORK: link,
-            COMPUTE: hardware.num_sms - max(side, link),
-        }
-        placed = [
-            Placed(macro=macro, batch=batch, stage=stage, num_sms=shares[macros[macro].lane])
-            for macro, batch, stage in round_robin(graph, len(batches), lag)
-        ]
-        name = f"overlapped_robin_{len(batches)}"
-        try:
-            yield build_schedule(name, cost_model, graph, mix, batches, placed, forms=forms)
-        except IllegalScheduleError:
-            continue
+    return product(splits, sides, links, (0, 1))
+
+
+def _schedule_of(
+    member: RoundRobin, graph: OpGraph, cost_model: CostModel, mix: RowMix
+) -> Schedule | None:
+    """None where its shares find no places, in any order."""
+    hardware, macros = cost_model.hardware, macro_ops(graph)
+    batches = split_batches(member.split.sizes, member.split.row_order, mix)
+    shares = {
+        MEMORY: member.memory_sms,
+        NETWORK: member.network_sms,
+        COMPUTE: hardware.num_sms - max(member.memory_sms, member.network_sms),
+    }
+    placed = [
+        Placed(macro=macro, batch=batch, stage=stage, num_sms=shares[macros[macro].lane])
+        for macro, batch, stage in round_robin(graph, len(batches), member.lag)
+    ]
+    name = f"overlapped_robin_{len(batches)}"
+    forms: list[OutputForm] = [member.forms[min(batch, 1)] for batch in range(len(batches))]
+    try:
+        schedule = build_schedule(name, cost_model, graph, mix, batches, placed, forms=forms)
+        check(schedule, graph, hardware.num_sms, hardware.sm_granularity)
+    except IllegalScheduleError:
+        return None
+    return schedule
 
 
 def _spread(shares: Sequence[int]) -> list[int]:

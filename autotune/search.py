@@ -226,12 +226,7 @@ class _Search:
             if count.bound_us >= self.best_us:
                 self.tell(f"{name}: rejected by the bound, {at_best}")
                 continue
-            family = round_robins(self.graph, self.cost_model, self.space, self.mix, count)
-            found = [
-                Candidate(schedule=s, predicted=predict(s, self.graph, self.cost_model, self.mix))
-                for s in family
-                if self.is_legal(s)
-            ]
+            found = round_robins(self.graph, self.cost_model, self.space, self.mix, count)
             if not found:
                 self.tell(f"{name}: not rejected by the bound ({at_best}), but none finds places")
                 continue
