@@ -12,7 +12,7 @@ from html import escape
 from typing import Any
 
 from .book_page import book_section
-from .document import lanes
+from .document import lanes, speedup
 from .page_template import PAGE
 from .report_sections import audit_section, energy_section, error_section, steps_section
 
@@ -104,7 +104,7 @@ def _reasons(reasons: Sequence[str]) -> str:
 def _numbers(values: Mapping[str, Any]) -> str:
     numbers = [
         (_ms(values["period_us"]), "one iteration"),
-        (f"{values['speedup']:.3f}x", "the best sequential plan"),
+        (speedup(values, values), "the best sequential plan"),
         (f"{values['tokens_per_s_per_gpu']:,.0f}", "tokens/s per GPU"),
         (f"{_millijoules(values)} mJ", "per token, all GPUs"),
         (f"{values['percent_of_optimal']:.1f} %", f"of 2P at the {_peak_name(values)}"),
@@ -140,7 +140,7 @@ def _race(values: Mapping[str, Any]) -> str:
             row["num_nano_batches"],
             lanes(row),
             f"{row['period_us'] / 1e3:.3f}",
-            f"{row['speedup']:.3f}x",
+            speedup(values, row),
             _millijoules(row),
             f"{row['watts']:.0f}",
             f"{row['predicted_us'] / 1e3:.3f}",
