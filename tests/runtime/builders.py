@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from nanoflow_tune.runtime.op_graph import OpGraph
-from nanoflow_tune.runtime.plan import NanoBatch, NanoOp, Schedule
+from nanoflow_tune.runtime.plan import Bucket, Candidate, NanoBatch, NanoOp, Schedule
 from nanoflow_tune.search_spaces.schema import ModelSpec
 
 NUM_SMS = 132
@@ -111,3 +111,18 @@ def gathering(schedule: Schedule, gathers: Sequence[bool]) -> Schedule:
             share = nano_op.num_sms if lane == nano_op.lane else _share(op)
             nano_ops.append(replace(nano_op, op=op, lane=lane, num_sms=share))
     return replace(schedule, nano_ops=tuple(nano_ops))
+
+
+def gathering_bucket(bucket: Bucket) -> Bucket:
+    """The bucket with all-gathers in its sequential schedule and in half of its others."""
+
+    def formed(candidate: Candidate) -> Candidate:
+        forms = (True, *(False,) * (len(candidate.schedule.nano_batches) - 1))
+        return replace(candidate, schedule=gathering(candidate.schedule, forms))
+
+    return replace(
+        bucket,
+        winner=formed(bucket.winner),
+        sequential=formed(bucket.sequential),
+        best_overlapped=formed(bucket.best_overlapped),
+    )

@@ -6,7 +6,7 @@ import random
 import threading
 
 import torch
-from builders import ping_pong, sequential, tiny_model
+from builders import gathering_bucket, ping_pong, sequential, tiny_model
 
 from nanoflow_tune.runtime.batching import Request
 from nanoflow_tune.runtime.engine import Engine
@@ -164,11 +164,16 @@ def generate_alone(weights, request, eos=(EOS,)):
             return generated
 
 
-def serve_on_rank(ctx, requests):
+def serve_on_rank(ctx, requests, gathers=False):
     """A rank's part of a tensor-parallel engine; rank 0 returns the tokens by request."""
     size = ctx.world_size
-    weights = random_weights(MODEL, rank=ctx.rank, tp_degree=size, device=CPU)
-    config, book = config_of(num_pages=30), book_of(tp_degree=size)
+    weights = random_weights(
+        MODEL, rank=ctx.rank, tp_degree=size, device=CPU, with_o_columns=gathers
+    )
+    graph = OpGraph.build(MODEL, size)
+    own = bucket(graph, ROWS, ROWS // 2)
+    buckets = (gathering_bucket(own) if gathers else own,)
+    config, book = config_of(num_pages=30), book_of(tp_degree=size, buckets=buckets)
     cache = PagedKvCache(MODEL, num_pages=30, device=CPU, tp_degree=size, rank=ctx.rank)
     schedules = [choice.schedule for choice in book.choices.values()]
     resources = default_resources(ctx, schedules)

@@ -235,10 +235,9 @@ def test_log_probabilities_come_to_those_who_ask(weights):
     assert all(e.logprob is None for e in collector.events["plain"][:-1])
 
 
-@pytest.mark.parametrize("world_size", [2])
-def test_two_ranks_generate_what_one_does(weights, world_size):
+def test_two_ranks_generate_what_one_does_in_either_form(weights):
     requests = mixed_requests(12, seed=3)
-    with RankGroup(world_size) as ranks:
-        tokens = ranks.call(serve_on_rank, requests)
-    for request in requests:
-        assert tokens[0][request.request_id] == generate_alone(weights, request)
+    expected = {r.request_id: generate_alone(weights, r) for r in requests}
+    with RankGroup(2) as ranks:
+        for gathers in (False, True):
+            assert ranks.call(serve_on_rank, requests, gathers)[0] == expected

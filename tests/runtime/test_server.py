@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 import torch
+from builders import gathering_bucket
 from engine_builders import bucket
 from tiny_tokenizer import byte_level, fast, save
 
@@ -60,6 +61,7 @@ def expected(checkpoint):
 
 def _write_plan(path, checkpoint, num_gpus=1, **changes):
     model = load_model(checkpoint)
+    own = bucket(OpGraph.build(model, num_gpus), 64, 32)
     plan = Plan(
         model=model.name,
         hardware="h200",
@@ -69,7 +71,7 @@ def _write_plan(path, checkpoint, num_gpus=1, **changes):
         kv_dtype="float32",
         page_size=16,
         inputs={"model": content_hash(model)},
-        buckets=(bucket(OpGraph.build(model, num_gpus), 64, 32),),
+        buckets=(own if num_gpus == 1 else gathering_bucket(own),),
     )
     dump_plan(replace(plan, **changes), path)
     return path
