@@ -234,7 +234,7 @@ def _sums(macros: Sequence[MacroOp], graph: OpGraph) -> dict[int, tuple[int, Op]
     home = {op.name: index for index, macro in enumerate(macros) for op in macro.ops}
     found: dict[int, tuple[int, Op]] = {}
     for index, macro in enumerate(macros):
-        if macro.lane == NETWORK and macro.ops:
+        if macro.ops and macro.ops[-1].kind == "all_reduce":
             norm = norm_behind(macro.ops[-1], graph)
             found[index] = home[norm.name], norm
     return found

@@ -24,6 +24,7 @@ from nanoflow_tune.autotune.gather_rows import with_gather_rows
 from nanoflow_tune.autotune.milp import Model
 from nanoflow_tune.autotune.milp_input import Instance
 from nanoflow_tune.autotune.patterns import macro_ops
+from nanoflow_tune.autotune.profile_faults import profile_warnings
 from nanoflow_tune.autotune.refine import Family, checked, placed_of
 from nanoflow_tune.autotune.simulator import predict
 from nanoflow_tune.autotune.structure import find_structure
@@ -272,7 +273,30 @@ def test_a_gather_leaves_nothing_to_the_norm_behind_it():
     assert run["attn_norm.0"].row_elements > plain.row_elements  # the all-reduce of the FFN
 
 
+@pytest.mark.parametrize("form", OUTPUT_FORMS)
+def test_a_graph_of_one_form_is_searched_like_any_other(form):
+    costs, graph = CostModel(gather_profile(0.05), h200()), GRAPH.in_form(form)
+    space = replace(quick_space(), milp_time_limit_s=1.0)
+    known = [ping_pong(graph, costs, MIX, whole_gpu_choice(1024, "interleaved", 132))]
+    schedule, certificate = find_structure(graph, costs, space, MIX, seed=0, known=known)
+    assert schedule is not None
+    check(schedule, graph, 132, 8)
+    check(schedule, GRAPH, 132, 8)
+    assert output_forms(schedule, GRAPH) == ((form,),) * len(schedule.nano_batches)
+    assert certificate.period_us > 0
+
+
 def test_one_rank_has_nothing_to_choose():
     graph = OpGraph.build(graph_of("llama3-8b").model)
     costs = CostModel(linear_profile(graph), h200())
     assert set(sequential_forms(graph, costs, MIX)) == {"all_reduce"}
+
+
+def test_a_search_says_when_all_gathers_were_not_measured():
+    warned = "profile has no all-gathers"
+    for profile, is_warned in (
+        (reduce_profile(GRAPH, nccl_us_per_row=0.08, copy_us_per_row=0.2), True),
+        (gather_profile(0.05), False),
+    ):
+        told = profile_warnings(CostModel(profile, h200()).profile, GRAPH)
+        assert any(line.startswith(warned) for line in told) == is_warned

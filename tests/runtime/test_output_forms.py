@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from builders import GATHER, gathering, ping_pong, sequential, tiny_model
+from builders import GATHER, gathering, gathering_bucket, ping_pong, sequential, tiny_model
 
 from nanoflow_tune.runtime.batching import DenseBatch
 from nanoflow_tune.runtime.executor import Executor, Resources
@@ -212,3 +212,21 @@ def test_forms_and_mixes_are_verified_on_every_rank(tp_degree):
             schedule = ping_pong(OpGraph.build(model, 2), 24, 64, (10, 16))
             case = cpu_case(model, gathering(schedule, (True, False)), 2)
             assert all(result.passed for result in ranks.call(verify_schedule, case))
+
+
+def test_a_plan_that_gathers_is_written_read_and_verified(tmp_path):
+    from engine_builders import bucket, plan_of
+
+    from nanoflow_tune.runtime.plan_io import dump_plan, load_plan
+    from nanoflow_tune.runtime.verify import verify_plan
+    from nanoflow_tune.search_spaces.loader import load_hardware
+
+    own = gathering_bucket(bucket(GRAPH, 64, 32))
+    plan, hardware = plan_of(MODEL, 2, (own,)), load_hardware("h200")
+    dump_plan(plan, tmp_path / "plan.yaml")
+    assert load_plan(tmp_path / "plan.yaml", GRAPH, hardware) == plan
+    with RankGroup(2) as ranks:
+        verified = verify_plan(plan, MODEL, hardware, ranks)
+    assert all(record.passed for record in verified.buckets[0].verification)
+    with pytest.raises(IllegalScheduleError, match="unknown op 'attn_all_gather'"):
+        load_plan(tmp_path / "plan.yaml", OpGraph.build(MODEL), hardware)
