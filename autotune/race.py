@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..runtime.op_graph import OpGraph
 from ..runtime.plan import Candidate, Schedule
-from ..runtime.schedule import IllegalScheduleError, concurrent_pairs
+from ..runtime.schedule import IllegalScheduleError, concurrent_pairs, output_forms
 
 PREDICTED_MARGIN = 0.02
 """A schedule must be predicted faster than the sequential one by more than this part to win: the
@@ -65,6 +65,18 @@ def why_it_won(base: Candidate, others: Sequence[Candidate]) -> str:
         text += f" as long, within the {100 * margin:.1f} % by which it would have to be faster"
         return text
     return f"{text} as long"
+
+
+def forms_in_words(schedule: Schedule, graph: OpGraph) -> str:
+    """How the nano-batches join the attention's output: `all-gathers`, or by number where mixed."""
+    by_form: dict[str, list[str]] = {}
+    for number, forms in enumerate(output_forms(schedule, graph), 1):
+        for form in forms:
+            by_form.setdefault(f"{form.replace('_', '-')}s", []).append(str(number))
+    if len(by_form) == 1:
+        return next(iter(by_form))
+    parts = (f"{name} in nano-batch {', '.join(held)}" for name, held in by_form.items())
+    return " and ".join(parts)
 
 
 def best_overlapped(candidates: Sequence[Candidate], graph: OpGraph) -> Candidate:

@@ -34,7 +34,14 @@ from .many_batches import round_robins
 from .milp import Certificate
 from .ping_pong_grid import best_of_grid
 from .profile_faults import profile_warnings
-from .race import best_overlapped, distinct, pick_winner, summary, why_it_won
+from .race import (
+    best_overlapped,
+    distinct,
+    forms_in_words,
+    pick_winner,
+    summary,
+    why_it_won,
+)
 from .race import overlaps as overlaps
 from .refine import Family, placed_of, refine
 from .side_by_side import attention_side_by_side
@@ -354,10 +361,16 @@ def search(
         f"bound of the space: {bound.bound_us / 1e3:.2f} ms over {bound.num_cuts} cuts, "
         f"{100 * bound.gap:.1f} % below the best prediction; {bound.binds}"
     )
+    winner, overlapped = pick_winner(base, others), best_overlapped(others, graph)
+    if graph.alternatives:
+        run.tell(
+            f"attention's output: the winner joins it by {forms_in_words(winner.schedule, graph)}, "
+            f"the best overlapped one by {forms_in_words(overlapped.schedule, graph)}"
+        )
     result = SearchResult(
-        winner=pick_winner(base, others),
+        winner=winner,
         sequential=base,
-        best_overlapped=best_overlapped(others, graph),
+        best_overlapped=overlapped,
         race=(base, *others),
         certificate=certificate,
         space_bound=bound,

@@ -25,6 +25,7 @@ from nanoflow_tune.autotune.milp import Model
 from nanoflow_tune.autotune.milp_input import Instance
 from nanoflow_tune.autotune.patterns import macro_ops
 from nanoflow_tune.autotune.profile_faults import profile_warnings
+from nanoflow_tune.autotune.race import forms_in_words
 from nanoflow_tune.autotune.refine import Family, checked, placed_of
 from nanoflow_tune.autotune.simulator import predict
 from nanoflow_tune.autotune.structure import find_structure
@@ -271,6 +272,19 @@ def test_a_gather_leaves_nothing_to_the_norm_behind_it():
     plain = norm_behind(GRAPH.op("attn_all_reduce"), GRAPH)
     assert run["ffn_norm.0"].row_elements == plain.row_elements
     assert run["attn_norm.0"].row_elements > plain.row_elements  # the all-reduce of the FFN
+
+
+def test_forms_are_told_by_nano_batch():
+    costs = CostModel(gather_profile(0.05), h200())
+
+    def told(*forms):
+        choice = whole_gpu_choice(1024, "interleaved", 132, forms)
+        return forms_in_words(ping_pong(GRAPH, costs, MIX, choice), GRAPH)
+
+    assert told("all_gather", "all_gather") == "all-gathers"
+    assert told("all_reduce", "all_reduce") == "all-reduces"
+    mixed = told("all_gather", "all_reduce")
+    assert mixed == "all-gathers in nano-batch 1 and all-reduces in nano-batch 2"
 
 
 @pytest.mark.parametrize("form", OUTPUT_FORMS)
