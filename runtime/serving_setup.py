@@ -121,7 +121,7 @@ def prepare(
         book.aim_at(options.dense_batch)
     _check_offload(options)
     page_bytes = model.kv_bytes_per_token * plan.page_size // num_gpus
-    room = options.cache_bytes or _cache_bytes(model, book.max_rows, num_gpus, device)
+    room = options.cache_bytes or _cache_bytes(model, book, num_gpus, device)
     limits = _limits(options, model, book, device)
     if options.swap_bytes is not None:
         swap_pages = options.swap_bytes // (page_bytes * num_gpus)
@@ -323,7 +323,7 @@ def _end_token_ids(folder: Path | None) -> tuple[int, ...]:
     return ()
 
 
-def _cache_bytes(model: ModelSpec, max_rows: int, num_gpus: int, device: DeviceType) -> int:
+def _cache_bytes(model: ModelSpec, book: PlanBook, num_gpus: int, device: DeviceType) -> int:
     """What is left beside weights, activations and logits."""
     if device == "cpu":
         return CPU_CACHE_BYTES
@@ -335,7 +335,11 @@ def _cache_bytes(model: ModelSpec, max_rows: int, num_gpus: int, device: DeviceT
     row_bytes += -(-model.vocab_size // num_gpus) * (model.dtype_bytes + _FP32_BYTES)
     embedding = model.vocab_size * model.hidden_size * model.dtype_bytes
     weights = (model.weight_bytes - embedding) // num_gpus + embedding
-    room = int(USABLE_SHARE * total) - weights - row_bytes * max_rows
+    if has_o_columns(choice.schedule for choice in book.choices.values()):
+        projections = model.num_hidden_layers * model.hidden_size * model.qo_size
+        weights += projections * model.dtype_bytes // num_gpus  # in both forms
+        row_bytes += (model.qo_size + model.hidden_size) * model.dtype_bytes
+    room = int(USABLE_SHARE * total) - weights - row_bytes * book.max_rows
     if room <= 0:
         raise ValueError(
             f"the weights take {weights / 2**30:.1f} GiB of the GPU's {total / 2**30:.1f}, which "
