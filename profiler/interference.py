@@ -106,11 +106,11 @@ def pairs(graph: OpGraph, fastest: Fastest, num_sms: int, granularity: int) -> l
 def network_pairs(
     graph: OpGraph, fastest: Fastest, num_sms: int, variants: Variants
 ) -> list[Together]:
-    """Largest and smallest GEMM beside every collective of the layer; needs all ranks.
+    """Largest and smallest GEMM beside every kind of collective; needs all ranks.
 
     Decode attention too, beside those that take no SMs: it then has all of them.
     """
-    collectives = {op.kind: op for op in graph.layer if is_collective(op.kind)}
+    collectives = {op.kind: op for op in graph.all_ops if is_collective(op.kind)}
     decode, found = _first(graph, "decode_attention"), list[Together]()
     for op, turn in product(_compute_ops(graph)[:2], range(len(NETWORK_SHARES))):
         for other in collectives.values():

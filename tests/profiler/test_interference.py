@@ -57,7 +57,10 @@ def test_pairs_cover_gemms_and_prefill_beside_decode_attention_at_many_shares():
 
 def test_every_transport_runs_beside_a_gemm():
     made = network_pairs(GRAPH, NOTHING, 132, VARIANTS)
-    assert {b.variant for _, b in made} == {"nccl", "nccl_8"}
+    beside = {(b.kind, b.variant) for _, b in made}
+    reduces, gathers = (VARIANTS[kind] for kind in ("all_reduce", "all_gather"))
+    expected = {("all_reduce", name) for name in reduces}
+    assert beside == expected | {("all_gather", name) for name in gathers}
     assert {a.kind for a, _ in made} == {"gemm", "gemm_silu"}
 
 
