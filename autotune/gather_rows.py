@@ -6,8 +6,6 @@ all-reduce of t rows stands for an all-gather of so many rows that as many bytes
 NCCL, N t of copy engines. NCCL gathers by rank, and what lays the columns out is a second pass over
 the result; its time on the share is added from the datasheet. All such rows are tagged
 `interpolated`, and are without joules: nobody timed an all-gather.
-
-To be deleted, with its call in `cost_model.py`, once the shipped profiles hold `all_gather` rows.
 """
 
 from __future__ import annotations
