@@ -208,7 +208,7 @@ def test_the_shipped_h200_profile_is_whole():
     shapes = {r.point.shape for r in profile.rows if r.point.kind in ("gemm", "gemm_silu")}
     assert {"n28672_k4096", "n4096_k14336", "n28672_k8192", "n8192_k14336"} <= shapes
     measured = [r for r in profile.rows if r.joules_source == "measured"]
-    assert len(measured) >= 0.06 * len(profile.rows)
+    assert len(measured) >= 0.03 * len(profile.rows)
     assert profile.energy is not None
     assert 0.5e-12 < profile.energy.joules_per_flop < 1.5e-12
     assert shipped_profile("no-such-gpu") is None
