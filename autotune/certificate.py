@@ -1,38 +1,46 @@
-"""What no plan of the declared space can beat: every cut, order, share, kernel and transport.
+"""What no plan of the declared space can beat: every cut, order, form, share, kernel and transport.
 
 The space: 1 to `MOST_BATCHES` nano-batches cut at multiples of the space's granularity, all row
-orders, any issue order, all shares of the space, their complements, all SMs, and none where
-collectives can do without. For each cut, one layer takes at least the value of the configuration
-LP (`configuration_lp.py`), in the simulator's own model: the fastest variant of each op at each
-share, and the measured slowdowns. A whole iteration takes `num_layers` times that and what is
-beyond the layers; where the power cap is known it is joined with the time that the least dynamic
-joules need, as the simulator joins them.
+orders, any issue order, either form of joining the attention's output for each nano-batch, all
+shares of the space, their complements, all SMs, and none where collectives can do without. For each
+cut and each clock the period is at least the value of the configuration LP (`configuration_lp.py`),
+in the simulator's own model: times, joules and measured slowdowns of every kernel at every share.
 
-Cuts are many (a thousand of 2048 rows), so they are bounded best first:
+Cuts are many (a thousand of 2048 rows). Those whose nano-batches are the same but for their order
+have one bound. The rest is branch and bound over parts of the space, lowest first:
 
-    coarse   each op as one, at the rate of its most efficient nano-op on each share, at prices
-             carried over from the even cut; one pass over some ten thousand configurations
-    full     every nano-op by itself, prices from column generation
+    screen   prices of similar cuts that were solved, tried on a cut and a cell of clocks
+    LP       a cut's own prices
+    halves   the nano-op whose share the LP mixes most takes a small share, or a large one
 
-The cut with the lowest bound is made full until the lowest one is full already: that is the bound
-of the space. Cuts whose bound is above the best known plan are shown to be dominated.
+A part is done when its bound is within `AIM` of the best known plan. When all are, or when the
+work is used up, the lowest bound of any part is that of the space.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..runtime.op_graph import OpGraph, RowMix
 from ..search_spaces.schema import SearchSpace
+from .configuration_lp import Bound
 from .cost_model import CostModel
-from .cut_bounds import Bounds, splits_of
+from .cut_bounds import Bounds, Part, rows_of, splits_of
 from .milp_input import Split
 
 MOST_BATCHES = 4
-COARSE, AGAIN, FULL = range(3)
-"""How a cut was bounded: at the prices of its time, at those of cuts solved since, at its own."""
+AIM = 0.0095
+"""A part whose bound is so close to the best plan is not looked at further."""
+WORK = 4e9
+"""Configurations priced in LPs, in all: about 20 seconds of one core."""
+ALL_TRIALS = 60
+"""Simulator trials of a space for which all of that is done."""
+ROUNDS, LP_WORK = 12, 1e6
+"""Of an LP, as far as work is counted, and what it takes whatever its size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +54,7 @@ class CountBound:
     """The cut of that bound."""
     row_order: str
     is_dominated: bool
-    """No plan of this count is faster than the best known one."""
+    """No plan of this count is faster than the best known one by more than `AIM`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,11 +65,11 @@ class SpaceBound:
     best_us: float
     """Shortest predicted period of the race."""
     binds: str
-    """Which lanes the bound's price lies on, and the cut that has it."""
+    """What the bound's price lies on, and the cut that has it."""
     counts: tuple[CountBound, ...]
     num_cuts: int
     num_full: int
-    """Cuts whose nano-ops were looked at one by one; the others were above the bound already."""
+    """LPs solved; other parts of the space were above the bound already."""
     seconds: float
 
     @property
@@ -71,8 +79,18 @@ class SpaceBound:
 
     def against(self, best_us: float) -> SpaceBound:
         """The same bound beside a plan that was found later."""
-        counts = tuple(replace(c, is_dominated=c.bound_us >= best_us) for c in self.counts)
+        counts = tuple(
+            replace(c, is_dominated=c.bound_us >= best_us * (1 - AIM)) for c in self.counts
+        )
         return replace(self, bound_us=min(self.bound_us, best_us), best_us=best_us, counts=counts)
+
+
+@dataclass(slots=True)
+class _Lowest:
+    """Of the parts that are done, the lowest bound of each number of nano-batches."""
+
+    us: float
+    split: Split
 
 
 def space_bound(
@@ -84,60 +102,115 @@ def space_bound(
     best_us: float,
     is_powered: bool,
     most_batches: int = MOST_BATCHES,
-    most_full: int = 120,
+    work: float | None = None,
 ) -> SpaceBound:
     """Bound every plan of the declared space.
 
     Args:
         graph: of one rank.
-        cost_model: durations and slowdowns.
+        cost_model: durations, joules and slowdowns.
         space: granularity, shares, row orders.
         mix: rows of the dense batch.
         best_us: shortest predicted period known.
-        is_powered: predictions are joined with the power limit.
+        is_powered: predictions are held to the power cap.
         most_batches: largest number of nano-batches; fewer make the bound one of a smaller space.
-        most_full: cuts to look at nano-op by nano-op; with fewer than needed the bound is valid
-            but looser.
+        work: configurations priced at most; with fewer than needed the bound is valid but looser.
+            By default less where the space asks for few trials.
     """
-    began = time.perf_counter()
+    work = WORK * min(1.0, space.simulator_trials / ALL_TRIALS) ** 2 if work is None else work
+    began, wanted_us = time.perf_counter(), best_us * (1 - AIM)
     bounds = Bounds(graph, cost_model, space, mix, is_powered)
-    queue: list[tuple[float, int, int, Split]] = []
-    for count in range(1, most_batches + 1):
-        for split in splits_of(space, mix, count):
-            is_full = count <= 2  # cheap, and their prices serve the others
-            us = bounds.cut_us(split, is_full, best_us)
-            queue.append((us, FULL if is_full else COARSE, len(queue), split))
-    num_cuts, num_full = len(queue), sum(level == FULL for _, level, _, _ in queue)
-    heapq.heapify(queue)
-    lowest: dict[int, tuple[float, Split]] = {}
+    every = [s for count in range(1, most_batches + 1) for s in splits_of(space, mix, count)]
+    splits = _distinct(every, mix)
+    screen, spent, num_full = bounds.screen(splits), 0.0, 0
+    for split in _anchors(splits):
+        clock = bounds.highest_clock(split, wanted_us)
+        for part in (clock, 0.97 * clock) if bounds.power else (1.0,):
+            found, _ = bounds.solve(Part(split, bounds.cell(part, 0.996 * part)), float("inf"))
+            num_full += found.us > 0
+    queue: list[tuple[float, int, bool, Part]] = []
+    numbers = itertools.count()
+    lowest: dict[int, _Lowest] = {}
+
+    def finish(us: float, split: Split) -> None:
+        known = lowest.setdefault(len(split.sizes), _Lowest(float("inf"), split))
+        if us < known.us:
+            known.us, known.split = us, split
+
+    for split in splits:
+        for cell, us in bounds.cells(split, wanted_us, screen):
+            if us >= wanted_us:
+                finish(us, split)
+            else:
+                heapq.heappush(queue, (us, next(numbers), False, Part(split, cell)))
+        if bounds.power is not None:
+            high = bounds.highest_clock(split, wanted_us)
+            finish(max(wanted_us, bounds.least_cap_us(split) * high**bounds.power.exponent), split)
+    last: tuple[Split, Bound] | None = None
     while queue:
-        us, level, number, split = heapq.heappop(queue)
-        if len(split.sizes) in lowest:
+        us, _, is_solved, part = heapq.heappop(queue)
+        if us >= wanted_us or spent >= work:
+            finish(us, part.split)
             continue
-        if level == FULL or us >= best_us or num_full >= most_full:
-            lowest[len(split.sizes)] = us, split
+        if not is_solved:
+            again_us = screen.bound_us(
+                rows_of(part.split, mix), part.split.row_order, part.cell, wanted_us
+            )
+            if again_us >= wanted_us:
+                finish(again_us, part.split)
+                continue
+        found, halves = bounds.solve(part, wanted_us)
+        num_full += 1
+        spent += LP_WORK + ROUNDS * bounds.problem(part.split).together.can.size
+        us = max(us, found.us)
+        last = part.split, found
+        if us >= wanted_us or not halves:
+            finish(us, part.split)
             continue
-        level += 1
-        num_full += level == FULL
-        again_us = bounds.cut_us(split, level == FULL, best_us)
-        heapq.heappush(queue, (max(us, again_us), level, number, split))
+        for half in halves:
+            heapq.heappush(queue, (us, next(numbers), True, half))
     counts = tuple(
         CountBound(
             num_nano_batches=count,
-            bound_us=us,
-            sizes=split.sizes,
-            row_order=split.row_order,
-            is_dominated=us >= best_us,
+            bound_us=found.us,
+            sizes=found.split.sizes,
+            row_order=found.split.row_order,
+            is_dominated=found.us >= wanted_us,
         )
-        for count, (us, split) in sorted(lowest.items())
+        for count, found in sorted(lowest.items())
     )
-    bound_us, split = min(lowest.values(), key=lambda found: found[0])
+    bound_us = min(found.us for found in lowest.values())
+    if last is None:
+        split = min(lowest.values(), key=lambda found: found.us).split
+        clock = bounds.highest_clock(split, wanted_us)
+        last = split, bounds.solve(Part(split, bounds.cell(clock, clock)), float("inf"))[0]
     return SpaceBound(
         bound_us=min(bound_us, best_us),
         best_us=best_us,
-        binds=bounds.binds(split),
+        binds=bounds.binds(*last),
         counts=counts,
-        num_cuts=num_cuts,
+        num_cuts=len(every),
         num_full=num_full,
         seconds=time.perf_counter() - began,
     )
+
+
+def _distinct(splits: Sequence[Split], mix: RowMix) -> list[Split]:
+    """One of those whose nano-batches are the same but for their order."""
+    kept: dict[tuple[tuple[float, float], ...], Split] = {}
+    for split in splits:
+        held = sorted((rows.decode_tokens, rows.prefill_tokens) for rows in rows_of(split, mix))
+        kept.setdefault(tuple(held), split)
+    return list(kept.values())
+
+
+def _anchors(splits: Sequence[Split]) -> list[Split]:
+    """Cuts to solve first: of each count and row order the most even and the least even."""
+    groups: dict[tuple[int, str], list[Split]] = {}
+    for split in splits:
+        groups.setdefault((len(split.sizes), split.row_order), []).append(split)
+    found: list[Split] = []
+    for group in groups.values():
+        ranked = sorted(group, key=lambda s: (max(s.sizes) - min(s.sizes), s.sizes))
+        found += dict.fromkeys((ranked[0], ranked[len(ranked) // 2], ranked[-1]))
+    return found

@@ -287,7 +287,7 @@ def _macro_us(
     cost_model: CostModel,
     graph: OpGraph,
 ) -> float | None:
-    """Solo times at their fastest variants, the mean slowdown beside other lanes, one sync.
+    """Solo times of the variants that a schedule takes, mean slowdown beside other lanes, one sync.
 
     None where one of the ops has no variant on that share.
     """
@@ -295,21 +295,29 @@ def _macro_us(
         return None
     if batch is None:
         return 0.0
-    rows, total_us = batch_mix(batch, mix), 0.0
+    rows, total_us, price = batch_mix(batch, mix), 0.0, cost_model.price(graph, mix)
     for op in ops:
-        us = cost_model.best(op, rows, share)[1].us
-        total_us += us * mean_slowdown(op, share, cost_model, graph)
+        variant, _, _ = cost_model.cheapest(op, rows, (share,), price)
+        us = cost_model.estimate(op, rows, share, variant).us
+        total_us += us * mean_slowdown(op, share, variant, cost_model, graph, mix)
     is_alone = share == cost_model.hardware.num_sms and macro.lane != NETWORK
     return total_us + (SYNC_US if total_us and not is_alone else 0.0)
 
 
-def mean_slowdown(op: Op, share: int, cost_model: CostModel, graph: OpGraph) -> float:
+def mean_slowdown(
+    op: Op, share: int, variant: str, cost_model: CostModel, graph: OpGraph, mix: RowMix
+) -> float:
     """Mean slowdown of an op beside a typical op of each other lane; 1 on the whole GPU."""
-    rest = cost_model.hardware.num_sms - share
+    rest, price = cost_model.hardware.num_sms - share, cost_model.price(graph, mix)
     if rest <= 0:
         return 1.0
-    partners = [other for other in _typical_ops(graph) if lane_of(other) != lane_of(op)]
-    slowdowns = [cost_model.slowdown(op, share, other, rest) for other in partners]
+    slowdowns = [
+        cost_model.slowdown(
+            op, share, other, rest, variant, cost_model.cheapest(other, mix, (rest,), price)[0]
+        )
+        for other in _typical_ops(graph)
+        if lane_of(other) != lane_of(op) and cost_model.variants(other, rest)
+    ]
     return sum(slowdowns) / len(slowdowns) if slowdowns else 1.0
 
 

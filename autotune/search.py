@@ -1,6 +1,7 @@
 """The search: baselines, structure, refinement, race; from an op graph and costs to a winner.
 
-    baselines -> best of the ping-pong family -> MILP -> Optuna on the simulator
+    baselines -> best of the ping-pong family -> MILP -> local search -> bound of the space
+      -> Optuna on the simulator
       -> (with a GPU) measure the race, then Optuna on the hardware -> winner
 
 The sequential schedule is always in the race. An overlapped one wins on predictions only when it
@@ -28,6 +29,7 @@ from .baselines import (
 )
 from .bounds import lower_bound_us, power_limit_of, what_binds
 from .certificate import MOST_BATCHES, SpaceBound, space_bound
+from .climb import climbed, words
 from .cost_model import CostModel
 from .hardware_loop import Measure, refine_on_hardware
 from .many_batches import round_robins
@@ -50,6 +52,8 @@ from .structure import find_structure
 
 MEASURED_FROM_SIMULATOR = 4
 """Best refined schedules of the simulator that are measured."""
+CLIMBED_KEPT = 2
+"""Best schedules of the local search that enter the race."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,7 +234,7 @@ class _Search:
         for count in bound.counts[1:]:
             name = f"{count.num_nano_batches} nano-batches"
             at_best = f"at best {count.bound_us / 1e3:.2f} ms against {self.best_us / 1e3:.2f} ms"
-            if count.bound_us >= self.best_us:
+            if count.is_dominated:
                 self.tell(f"{name}: rejected by the bound, {at_best}")
                 continue
             found = round_robins(self.graph, self.cost_model, self.space, self.mix, count)
@@ -243,6 +247,14 @@ class _Search:
                 f"{name}: not rejected by the bound ({at_best}); best of {len(found)} round robins "
                 f"{best.predicted.period_us / 1e3:.2f} ms"
             )
+
+    def climb(self, most_batches: int) -> None:
+        """Local search over cuts, forms, orders and shares of two and more nano-batches."""
+        before_us = self.best_us
+        job = self.graph, self.cost_model, self.space, self.mix
+        found = climbed(*job, known=self.tried, most_batches=most_batches, seed=self.seed)
+        self.tried += found[:CLIMBED_KEPT]
+        self.tell(f"local search: {words(found, before_us)}")
 
     def refine(self, structure: Schedule | None, choices: Sequence[PingPongChoice]) -> None:
         """Optuna on the simulator, around the structure, the best ping-pong and the equal split."""
@@ -348,6 +360,7 @@ def search(
     choices = run.best_ping_pongs()
     run.tell(f"baselines: {summary(run.tried)}")
     structure, certificate = run.structures(tuple(run.tried))
+    run.climb(most_batches)
     bound = run.bound(most_batches)
     run.round_robins(bound)
     run.refine(structure, choices)
