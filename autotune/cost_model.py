@@ -23,7 +23,6 @@ from ..runtime.op_graph import Op, OpGraph, OpKind, RowMix
 from ..runtime.op_shapes import moved_bytes, op_of_shape
 from ..runtime.plan import SM_FREE_VARIANTS
 from ..search_spaces.schema import DTYPE_BYTES, Dtype, HardwareSpec
-from .composed_rows import with_composed_rows
 from .copy_transport import as_sent, summing
 from .gather_rows import with_gather_rows
 from .interference import Interference, Place
@@ -80,9 +79,7 @@ class CostModel:
         self.hardware = hardware
         self.dtype = dtype or (profile.dtype if profile else "bfloat16")
         if profile is not None:
-            profile = with_gather_rows(
-                with_composed_rows(profile), hardware, cast(Dtype, self.dtype)
-            )
+            profile = with_gather_rows(profile, hardware, cast(Dtype, self.dtype))
         self.profile = profile
         self.energy = energy_model(profile, hardware)
         self._power: PowerModel | None = None

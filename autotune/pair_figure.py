@@ -30,7 +30,6 @@ _NAMES: dict[str, str] = {
     "all_gather": "all-gather",
     "norm": "norm",
     "rope_append": "rope",
-    "silu_mul": "SiLU",
 }
 _CLASSES = ("GEMM", "prefill attention", "decode attention", "collective", "norm, rotary")
 _HARMLESS, _WORST = 1.0, 1.5

@@ -62,7 +62,7 @@ def spread_rows(rows: Iterable[Row], count: int = NUM_ROWS) -> list[Row]:
     for row in rows:
         kind = row.point.kind
         is_known = not row.error and row.source == "measured"
-        if is_known and kind != "silu_mul" and not is_collective(kind):
+        if is_known and not is_collective(kind):
             by_kind[kind].append(row)
     chosen: list[Row] = []
     for position, kind in enumerate(sorted(by_kind, key=lambda kind: len(by_kind[kind]))):

@@ -23,7 +23,7 @@ class Point:
 
     kind: str
     """`Op.kind`: gemm, gemm_silu, decode_attention, prefill_attention, norm, rope_append,
-    all_reduce, all_gather, sampling, embedding; silu_mul in profiles from before gemm_silu."""
+    all_reduce, all_gather, sampling, embedding."""
     shape: str
     """`Op.shape`, e.g. `n28672_k4096`, `q32_kv8_d128`, `d8192_r2`."""
     variant: str

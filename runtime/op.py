@@ -21,12 +21,10 @@ OpKind = Literal[
     "rope_append",
     "decode_attention",
     "prefill_attention",
-    "silu_mul",
     "all_reduce",
     "all_gather",
     "sampling",
 ]
-"""`silu_mul` is the kind of rows in profiles from before `gemm_silu`; no op of a graph has it."""
 GEMM_KINDS: tuple[OpKind, ...] = ("gemm", "gemm_silu", "grouped_gemm", "grouped_gemm_silu")
 """Kinds that multiply rows by weights, large enough to be bound by it."""
 DENSE_GEMM_KINDS: tuple[OpKind, ...] = ("gemm", "gemm_silu")

@@ -24,7 +24,6 @@ RESOURCE_OF_KIND: dict[OpKind, Resource] = {
     "rope_append": "memory",
     "decode_attention": "memory",
     "prefill_attention": "compute",
-    "silu_mul": "memory",
     "all_reduce": "network",
     "all_gather": "network",
     "sampling": "memory",
@@ -74,7 +73,7 @@ def op_of_shape(kind: OpKind, shape: str, dtype_bytes: int) -> Op:
         width, ranks = numbers
         row_elements, link_elements = width // ranks + width, (ranks - 1) / ranks * width
     else:
-        row_elements = {"norm": 4, "silu_mul": 3, "embedding": 2, "sampling": 1}[kind] * numbers[0]
+        row_elements = {"norm": 4, "embedding": 2, "sampling": 1}[kind] * numbers[0]
     return Op(
         name=kind,
         kind=kind,
