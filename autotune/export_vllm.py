@@ -15,7 +15,7 @@ from typing import Any
 from ..runtime.plan import Bucket, Candidate, Plan
 from ..search_spaces.schema import HardwareSpec, ModelSpec
 from .export_facts import VLLM_ARGUMENTS
-from .export_lossy import Loss, losses, lossy_block
+from .export_lossy import Loss, losses, lossy_block, speedup
 
 _TARGET = {
     "nano_batches": "one dense batch; its own two micro-batches are for experts with data "
@@ -55,7 +55,7 @@ def export_vllm(
     _fusion(plan, arguments, reasons, left_out)
     conditional = _micro_batches(plan, model, left_out)
     VLLM_ARGUMENTS.check({*arguments, *conditional})
-    gain = bucket.sequential.predicted.period_us / candidate.predicted.period_us
+    gain, source = speedup(bucket, candidate)
     document: dict[str, Any] = {
         "format": VLLM_ARGUMENTS.header(),
         "command": shlex.join(["vllm", "serve", "MODEL", *_words(arguments)]),
@@ -74,7 +74,11 @@ def export_vllm(
         target_vs_sequential=1.0,
         more={},
     )
-    lost = f"loses {100 * (gain - 1):.1f} % tokens/s" if gain > 1 else "loses no predicted gain"
+    lost = (
+        f"loses {100 * (gain - 1):.1f} % tokens/s ({source})"
+        if gain > 1
+        else f"loses no {source} gain"
+    )
     fused = "-cc.pass_config.sp_min_token_num" in arguments
     return VllmExport(
         document=document,

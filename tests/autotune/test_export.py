@@ -9,6 +9,7 @@ import yaml
 
 from nanoflow_tune.autotune import cli
 from nanoflow_tune.autotune.export_facts import PDMUX, SGLANG_FLAGS, VLLM_ARGUMENTS, check_pdmux
+from nanoflow_tune.autotune.export_lossy import speedup
 from nanoflow_tune.autotune.export_vllm import capture_sizes, export_vllm
 from nanoflow_tune.runtime.plan import BreakEven
 from nanoflow_tune.runtime.plan_io import dump_plan, load_plan
@@ -83,18 +84,37 @@ def test_lossy_names_every_decision_of_an_overlapped_schedule(capsys):
         )
         lossy = json.loads(out)["lossy"]
         decisions = {loss["decision"] for loss in lossy["decisions"]}
-        assert decisions >= {"nano_batches", "sm_shares", "lanes", "order", "kernels"}
+        assert decisions >= {"nano_batches", "lanes", "kernels", "transports", "buckets"}
         assert all(loss["predicted_gain_lost"] for loss in lossy["decisions"])
-        # 137.15 ms in a row, 153.70 ms overlapped: the plan itself predicts a loss.
-        assert lossy["best_overlapped_gain"] == pytest.approx(137153.8 / 153702.1 - 1, abs=1e-3)
+        bucket = load_plan(PLAN_70B).buckets[0]
+        in_a_row, overlapped = bucket.sequential.measured, bucket.best_overlapped.measured
+        assert in_a_row is not None
+        assert overlapped is not None
+        gain = in_a_row.period_us / overlapped.period_us - 1
+        assert lossy["best_overlapped_gain"] == pytest.approx(gain, abs=1e-3)
         lost = lossy["exported_gain"] - lossy["target_gain"]
         assert lossy["predicted_gain_lost"] == pytest.approx(lost, abs=1e-3)
 
 
-def test_a_sequential_winner_loses_no_overlap(capsys):
-    out, _ = exported(capsys, "--to", "vllm", PLAN_70B, "--json")
+def test_lossy_names_shares_and_order_of_a_ping_pong(capsys):
+    out, _ = exported(capsys, "--to", "vllm", PLAN_8B, "--json")
+    decisions = {loss["decision"] for loss in json.loads(out)["lossy"]["decisions"]}
+    assert decisions >= {"nano_batches", "sm_shares", "lanes", "order", "kernels"}
+
+
+def test_gains_are_predicted_where_one_side_was_not_measured():
+    bucket = load_plan(PLAN_70B).buckets[0]
+    unmeasured = replace(bucket.best_overlapped, measured=None)
+    gain = bucket.sequential.predicted.period_us / unmeasured.predicted.period_us
+    assert speedup(bucket, unmeasured) == (gain, "predicted")
+    assert speedup(bucket, bucket.best_overlapped)[1] == "measured"
+
+
+def test_a_sequential_schedule_loses_no_overlap(capsys):
+    out, _ = exported(capsys, "--to", "vllm", PLAN_70B, "--schedule", "sequential", "--json")
     lossy = json.loads(out)["lossy"]
-    assert [loss["decision"] for loss in lossy["decisions"]] == ["kernels"]
+    decisions = {loss["decision"] for loss in lossy["decisions"]}
+    assert not decisions & {"nano_batches", "lanes", "order", "row_order"}
     assert lossy["predicted_gain_lost"] == 0.0
 
 
@@ -108,9 +128,9 @@ def test_vllm_arguments_follow_the_plan(capsys):
     sizes = arguments["-cc.cudagraph_capture_sizes"]
     assert {512, 1024} <= set(sizes)
     assert sizes[0] == 2
-    left_out = " ".join(values["left_out"])
-    assert "sp_min_token_num" in left_out
-    assert "--enable-dbo" in left_out
+    tokens = load_plan(PLAN_70B).break_even[0].tokens
+    assert arguments["-cc.pass_config.sp_min_token_num"] == tokens
+    assert "--enable-dbo" in " ".join(values["left_out"])
     assert "-cc.cudagraph_capture_sizes=[2,4,8" in values["command"]
 
 
