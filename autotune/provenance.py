@@ -37,7 +37,9 @@ def commit() -> str:
 
 def created_by() -> str:
     """Tool, version and commit, as a plan records it."""
-    return " ".join(part for part in (PACKAGE, _version(PACKAGE), commit()) if part)
+    named, source = _version(PACKAGE), commit()
+    parts = (PACKAGE, named, "" if named.endswith(f"+g{source}") else source)
+    return " ".join(part for part in parts if part)
 
 
 def provenance(
