@@ -39,9 +39,13 @@ def test_a_plan_beside_itself_is_the_same():
 
 def test_a_difference_within_the_spread_is_not_called_one():
     plan = load_plan(RUN_70B / "plan.yaml")
-    close = compare(side(plan), side(changed(plan, period_us=141_000.0)))
+    own = plan.buckets[0].winner.measured
+    assert own is not None
+    near_us = (own.p10_us + own.period_us) / 2
+    close = compare(side(plan), side(changed(plan, period_us=near_us)))
     assert "within the spread" in close["verdict"]
-    far = changed(plan, period_us=120_000.0, p10_us=119_000.0, p90_us=121_000.0)
+    far_us = own.period_us / 1.189
+    far = changed(plan, period_us=far_us, p10_us=0.99 * far_us, p90_us=1.01 * far_us)
     apart = compare(side(plan), side(far))
     assert "1.189x the tokens/s" in apart["verdict"]
     assert "spread" not in apart["verdict"]
