@@ -47,6 +47,8 @@ NARROW, DEEP, FINALISTS = 20, 50, 2
 in each row order, then of all cuts from the best two of these."""
 NEARBY = 0.06
 """How far from the expected clock the two clocks are."""
+HOPELESS = 1.03
+"""Times the best known period: from there the second search has never come back."""
 POLISH, NEAR = 6, 0.003
 """Changes of the best one for each trial, and how much longer its steady period may get by them."""
 WRITTEN = 8
@@ -348,7 +350,9 @@ def climbed(
             if mine:
                 groups.append(climb.run(mine, narrow, is_cut_kept=True))
     groups.sort(key=lambda periods: climb.value(periods[0]))
-    tops = [p for some in groups[:FINALISTS] for p in climb.run(some, deep, is_cut_kept=False)]
+    known_us = min(c.predicted.period_us for c in known)
+    hopeful = [some for some in groups[:FINALISTS] if climb.value(some[0]) < HOPELESS * known_us]
+    tops = [p for some in hopeful for p in climb.run(some, deep, is_cut_kept=False)]
     tops.sort(key=climb.value)
     chosen = dict.fromkeys([*tops[:WRITTEN], *(some[0] for some in groups)])
     written = {period: climb.written(period) for period in chosen}

@@ -101,7 +101,7 @@ class Together:
     """What may run together, and how fast: arrays over triples of options [c, m, n]."""
 
     can: NDArray[np.bool_]
-    slowdowns: tuple[Array, Array, Array]
+    slowdowns: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
     """Product of the pairwise slowdowns of the option of each lane beside the others."""
 
 
@@ -161,20 +161,26 @@ class Bound:
 
 
 class Rates:
-    """Rates of all options in all configurations, in one cell."""
+    """Rates of all options in all configurations, in one cell, in single precision.
+
+    Their rounding, 1e-7, is a thousandth of `TOLERANCE`.
+    """
 
     def __init__(self, problem: Problem, cell: Cell) -> None:
         self.problem, self.cell = problem, cell
-        self.rates: list[Array] = []
+        self.rates: list[NDArray[np.float32]] = []
         shape = problem.together.can.shape
         for lane, options in enumerate(problem.lanes):
             us, factor = options.lengths(cell.high)
             view = [1, 1, 1]
             view[lane] = shape[lane]
-            factor, slow = factor.reshape(view), problem.together.slowdowns[lane]
-            hidden = (options.is_hidden & (options.stretch > cell.high)).reshape(view)
-            longer = np.where(hidden, np.maximum(factor, slow), factor * slow)
-            rate = problem.together.can / (us.reshape(view) * longer)
+            slow = problem.together.slowdowns[lane]
+            hidden = options.is_hidden & (options.stretch > cell.high)
+            least = np.where(hidden, factor, 0.0).reshape(view).astype(np.float32)
+            times = (us * np.where(hidden, 1.0, factor)).reshape(view).astype(np.float32)
+            rate = np.maximum(slow, least)
+            rate *= times
+            np.divide(problem.together.can, rate, out=rate)
             index: list[slice | int] = [-1] * 3
             index[lane] = slice(None)
             alone = 1.0 / (options.alone_us * np.maximum(1.0, options.stretch / cell.high))
@@ -185,9 +191,9 @@ class Rates:
             self.rates.append(rate)
         self.joules = [lane.joules * cell.us_per_joule for lane in problem.lanes]
 
-    def earnings(self, prices: Array, joule_price: float) -> Array:
+    def earnings(self, prices: Array, joule_price: float) -> NDArray[np.float32]:
         """Of each configuration, per us."""
-        total = np.zeros(self.problem.together.can.shape)
+        total, part = np.empty_like(self.rates[0]), np.empty_like(self.rates[0])
         for lane, options in enumerate(self.problem.lanes):
             view = [1, 1, 1]
             view[lane] = len(options.node)
@@ -195,7 +201,10 @@ class Rates:
             worth = worth - joule_price * self.joules[lane]
             for one in self.problem.longer if lane == 2 else ():
                 worth[one.option] -= one.part * prices[one.norm]
-            total += self.rates[lane] * worth.reshape(view)
+            out = part if lane else total
+            np.multiply(self.rates[lane], worth.reshape(view).astype(np.float32), out=out)
+            if lane:
+                total += part
         return total
 
 
@@ -321,7 +330,7 @@ class _Master:
         self._add_column(0.0, {0: -float(layers), 1: -layers * joules} | values)
         return True
 
-    def add_best(self, earned: Array) -> bool:
+    def add_best(self, earned: NDArray[np.float32]) -> bool:
         """The best configuration of each option of the first lane; False when all are known."""
         flat = earned.reshape(earned.shape[0], -1)
         at = flat.argmax(axis=1)

@@ -2,7 +2,7 @@
 
 The options and slowdowns of the configuration LP (`configuration_lp.py`) of a graph and cost model.
 A kernel counts only where it can matter: of one nano-op on one share those that no other beats in
-time at every clock and in joules; of memory-bound ones all, as neighbours feel them differently.
+time at every clock and in joules, nor, where memory binds, in what it and its neighbours suffer.
 """
 
 from __future__ import annotations
@@ -97,8 +97,27 @@ class Configurations:
                 sync_us = SYNC_US if lane != COMPUTE and 0 < share < num_sms else 0.0
                 place = Place(index, share, name if self.is_memory[index] else "")
                 here.append(Call(place, us + sync_us, stretch, joules, sync_us))
-            found += [c for c in here if not any(_beats(other, c) for other in here)]
+            found += [c for c in here if not any(self._beats(other, c) for other in here)]
         return found
+
+    def _beats(self, one: Call, other: Call) -> bool:
+        """Whether the other call, on the same share, need not be looked at."""
+        if one is other:
+            return False
+        mine = one.us, one.us * one.stretch, one.joules
+        theirs = other.us, other.us * other.stretch, other.joules
+        if not all(a <= b for a, b in zip(mine, theirs, strict=True)):
+            return False
+        if one.place == other.place:
+            return mine != theirs
+        lane = self.lane[one.place.op]
+        a, b = self.rank[lane][one.place], self.rank[lane][other.place]
+        return all(
+            bool((self.slowdowns[lane, k][a] <= self.slowdowns[lane, k][b]).all())
+            and bool((self.slowdowns[k, lane][:, a] <= self.slowdowns[k, lane][:, b]).all())
+            for k in range(3)
+            if k != lane
+        ) and (mine != theirs or a < b)
 
     def least_joules(self, rows: Sequence[RowMix]) -> float:
         """Least dynamic joules of a layer at the highest clock."""
@@ -220,7 +239,7 @@ class Configurations:
             for a, b in ((0, 1), (0, 2), (1, 2)):
                 can = can & np.expand_dims(self._may_meet(nodes[a], nodes[b]), 3 - a - b)
         slow = {
-            (a, b): self.slowdowns[a, b][np.ix_(ranks[a], ranks[b])]
+            (a, b): self.slowdowns[a, b][np.ix_(ranks[a], ranks[b])].astype(np.float32)
             for a, b in permutations(lanes, 2)
         }
         return Together(
@@ -276,15 +295,6 @@ class Configurations:
             ]
             self._longer[key] = max(0.0, min(parts) - 1)
         return self._longer[key]
-
-
-def _beats(one: Call, other: Call) -> bool:
-    """Whether the other call need not be looked at."""
-    if one is other or one.place != other.place:
-        return False
-    mine = one.us, one.us * one.stretch, one.joules
-    theirs = other.us, other.us * other.stretch, other.joules
-    return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
 
 
 def apart_ops(graph: OpGraph, index: Mapping[str, int]) -> set[tuple[int, int]]:

@@ -24,7 +24,7 @@ from .configuration_lp import Array, Bound, Cell, Problem
 from .configurations import Call, Configurations
 
 CELLS_KEPT = 24
-RECORDS_TRIED = 3
+RECORDS_TRIED = 2
 FEW = 2
 NEVER = -1e9
 """Worth of what has no rows: never chosen, and no infinity times 0."""
