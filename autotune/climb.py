@@ -42,6 +42,8 @@ HOTTEST = 0.001
 """By how much of the period a change may lengthen it at first, on average."""
 STARTS = 8
 """Best starts that are climbed from."""
+ALL_TRIALS = 60
+"""Simulator trials of a space below which evaluations fall with their square."""
 NARROW, DEEP, FINALISTS = 20, 50, 2
 """Evaluations for each simulator trial of the space: of even cuts into every number of nano-batches
 in each row order, then of all cuts from the best two of these."""
@@ -341,7 +343,8 @@ def climbed(
     clock = expected / power.max_clock_mhz if power is not None and is_powered else 1.0
     climb = Climb(graph, cost_model, space, mix, clock=clock, is_powered=is_powered, seed=seed)
     schedules = [c.schedule for c in overlapped]
-    narrow, deep = NARROW * space.simulator_trials, DEEP * space.simulator_trials
+    trials = space.simulator_trials * min(1.0, space.simulator_trials / ALL_TRIALS)
+    narrow, deep = max(1, round(NARROW * trials)), max(1, round(DEEP * trials))
     groups: list[list[Period]] = []
     for count in range(2, max(2, most_batches) + 1):
         starts = climb.starts(count, schedules)
@@ -364,7 +367,7 @@ def climbed(
         )
     )
     if ranked:
-        written |= climb.polished(ranked[0][2], POLISH * space.simulator_trials)
+        written |= climb.polished(ranked[0][2], round(POLISH * trials))
     found = [c for c in written.values() if c is not None]
     return sorted(found, key=lambda candidate: candidate.predicted.period_us)
 
