@@ -44,6 +44,7 @@ STARTS = 8
 """Best starts that are climbed from."""
 ALL_TRIALS = 60
 """Simulator trials of a space below which evaluations fall with their square."""
+FEW_MACROS = 6
 NARROW, DEEP, FINALISTS = 20, 50, 2
 """Evaluations for each simulator trial of the space: of even cuts into every number of nano-batches
 in each row order, then of all cuts from the best two of these."""
@@ -344,6 +345,7 @@ def climbed(
     climb = Climb(graph, cost_model, space, mix, clock=clock, is_powered=is_powered, seed=seed)
     schedules = [c.schedule for c in overlapped]
     trials = space.simulator_trials * min(1.0, space.simulator_trials / ALL_TRIALS)
+    trials *= min(1.0, FEW_MACROS / len(climb.macros))  # larger periods take longer to price
     narrow, deep = max(1, round(NARROW * trials)), max(1, round(DEEP * trials))
     groups: list[list[Period]] = []
     for count in range(2, max(2, most_batches) + 1):
@@ -351,7 +353,7 @@ def climbed(
         for row_order in space.row_orders:
             mine = [p for p in starts if p.split.row_order == row_order]
             if mine:
-                groups.append(climb.run(mine, narrow, is_cut_kept=True))
+                groups.append(climb.run(mine, max(1, 2 * narrow // count), is_cut_kept=True))
     groups.sort(key=lambda periods: climb.value(periods[0]))
     known_us = min(c.predicted.period_us for c in known)
     hopeful = [some for some in groups[:FINALISTS] if climb.value(some[0]) < HOPELESS * known_us]

@@ -40,6 +40,8 @@ CELL = 0.004
 """Part of the clock that a cell spans at least."""
 FINEST = 0.0006
 """Clocks so close to each other are not told apart further."""
+HOPELESS = 0.96
+"""Part of the wanted bound below which a cell is not made smaller at first."""
 WIDEST = 16
 """Cells looked at together where the bound is far above what is asked for."""
 
@@ -180,13 +182,13 @@ class Bounds:
                 return
             cell = self.cell(high, high * (1 - CELL) ** width)
             us = screen.bound_us(rows, order, cell, wanted_us * 1.03)
-            while us < wanted_us and width > 1:
+            while HOPELESS * wanted_us < us < wanted_us and width > 1:
                 width //= 2
                 cell = self.cell(high, high * (1 - CELL) ** width)
                 us = screen.bound_us(rows, order, cell, wanted_us * 1.03)
             yield cell, us
             high *= (1 - CELL) ** width
-            if us > wanted_us * (1 + 2 * CELL * width):
+            if us > wanted_us * (1 + 2 * CELL * width) or us < HOPELESS * wanted_us:
                 width = min(WIDEST, 2 * width)
 
     # -- LPs -----------------------------------------------------------------------------------
