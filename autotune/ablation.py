@@ -171,11 +171,26 @@ def table_row(run: ServingRun, peaks: Mapping[str, float], num_parameters: int) 
         "elapsed_s": round(run.elapsed_s, 3),
         "steps": stats.steps_total,
         "eager_steps": stats.eager_steps_total,
+        "eager_why": stats.eager_why,
+        "replaced_kernels": "; ".join(stats.replaced_kernels),
         "padding_rows": stats.padding_rows_total,
         "preemptions": stats.preemptions_total,
         "host_s": round(stats.host_s_total, 3),
         "last_plan": stats.plan_in_use,
     }
+
+
+def eager_warnings(runs: Sequence[ServingRun]) -> list[str]:
+    """What to say of runs with steps that no CUDA graph held, once for each book."""
+    return list(
+        {
+            run.name: f"warning: {run.name} ran {run.stats.eager_steps_total} of "
+            f"{run.stats.steps_total} steps without CUDA graphs, which costs throughput "
+            f"({run.stats.eager_why})"
+            for run in runs
+            if run.stats.eager_steps_total
+        }.values()
+    )
 
 
 def _known(value: float, digits: int) -> float | None:

@@ -29,7 +29,14 @@ from ..runtime.plan_match import LiveGpus, match_plan
 from ..runtime.verify import scaled_down
 from ..search_spaces.loader import load_hardware, load_model, load_workload
 from ..search_spaces.schema import HardwareSpec, ModelSpec
-from .ablation import check_books, contender, table_row, trace_lengths, workload_lengths
+from .ablation import (
+    check_books,
+    contender,
+    eager_warnings,
+    table_row,
+    trace_lengths,
+    workload_lengths,
+)
 from .gpu_stage import find_devices, has_gpus, why_not
 from .op_table import gemm_peak
 
@@ -114,6 +121,9 @@ def bench(options: argparse.Namespace, say: Say) -> dict[str, Any]:
     graph = OpGraph.build(case.model, plan.num_gpus)
     contenders = [contender(name, graph, shown, hardware) for name in names]
     runs = serve(case, contenders, options.rounds, is_gpu=is_gpu)
+    for remark in (warnings := eager_warnings(runs)):
+        say(remark)
+    remarks += warnings
     rates = {name: peak["flops_per_s"] for name, peak in peaks.items()}
     rows = [table_row(run, rates, model.num_active_parameters) for run in runs]
     return {

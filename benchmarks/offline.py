@@ -35,6 +35,7 @@ from nanoflow_tune.autotune.ablation import (
     BOOKS,
     check_books,
     contender,
+    eager_warnings,
     percent_of_optimal,
     table_row,
     trace_lengths,
@@ -122,6 +123,12 @@ def print_forecasts(
     names: Sequence[str], cases: Sequence[ServingCase], plan: Plan, contenders: Sequence[Contender]
 ) -> None:
     """What the scheduler and the plan's times say of the runs."""
+    for item in contenders:
+        if any(not choice.is_capturable for choice in item.book.choices.values()):
+            print(
+                f"{item.name}: the plan's times are of attention that plans on the host, which an "
+                "engine on a GPU replaces"
+            )
     for name, case in zip(names, cases, strict=True):
         for item in contenders:
             found = forecast(case, plan, item.book)
@@ -222,6 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, runs in zip(names_of_cases, all_runs, strict=True)
         for run in runs
     ]
+    for warning in (line for runs in all_runs for line in eager_warnings(runs)):
+        print(warning, file=sys.stderr)
     for row in table:
         print(", ".join(f"{name} {value}" for name, value in row.items()), file=sys.stderr)
     if peak is not None:

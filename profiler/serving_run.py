@@ -101,6 +101,8 @@ def run_contenders(
         choice.schedule for c in contenders for choice in c.book.choices.values()
     )
     loaded = load_case(ctx, cases[0], with_o_columns=gathers)
+    if ctx.device != "cpu":
+        _hold_in_graphs(ctx, cases[0], contenders)
     runners = {
         contender.name: _Kept(_warm_runner(ctx, cases, loaded, contender))
         for contender in contenders
@@ -123,6 +125,18 @@ def run_contenders(
     for runner in runners.values():
         runner.runner.close()
     return runs
+
+
+def _hold_in_graphs(ctx: RankContext, case: ServingCase, contenders: Sequence[Contender]) -> None:
+    """As `nanoflow-serve` does: kernels that no CUDA graph holds are replaced, and it is said."""
+    from ..runtime.kernels.graph_variants import graph_variants  # imports Triton
+
+    graph = OpGraph.build(case.model, case.tp_degree)
+    stand_ins = graph_variants(graph, case.page_size)
+    for contender in contenders:
+        for remark in contender.book.hold_in_graphs(graph, stand_ins):
+            if ctx.rank == 0:
+                print(f"{contender.name}: {remark}", file=sys.stderr)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ late is refused with the time to try again.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -25,13 +26,14 @@ import numpy as np
 from .engine_config import EngineConfig
 from .model_runner import Launched, Sampled
 from .page_pool import PagePool
-from .plan_choice import Chosen, PlanBook
+from .plan_choice import Choice, Chosen, PlanBook
 from .prefix_index import PrefixIndex
 from .scheduler import Scheduler
 from .scheduler_records import Step
 from .sequence import EngineStats, GenerationRequest, OnEvent, RequestRejected, TokenEvent
 from .step import StepInputs
 
+_LOGGER = logging.getLogger(__name__)
 _SMOOTHING = 0.1
 """Weight of the last step in the running mean of step times."""
 
@@ -125,7 +127,7 @@ class Engine:
         self._deadline_s = float("inf")
         self._failure: BaseException | None = None
         self._time = _Clock()
-        self._stats = EngineStats(kv_pages_total=config.num_pages)
+        self._stats = EngineStats(kv_pages_total=config.num_pages, replaced_kernels=book.replaced)
 
     @property
     def model_name(self) -> str:
@@ -285,12 +287,26 @@ class Engine:
         launched = runner.launch(inputs)
         clock = self._time
         clock.steps += 1
-        clock.eager_steps += launched.is_eager
+        if launched.is_eager:
+            self._count_eager(chosen.choice)
         clock.padding_rows += chosen.choice.rows - step.num_rows
         self._stats = replace(
             self._stats, plan_in_use=chosen.label, bucket_tokens=chosen.choice.rows
         )
         return _InFlight(step, launched, chosen.choice.rows, began_s, follows)
+
+    def _count_eager(self, choice: Choice) -> None:
+        """The device may wait for the host in such a step, so the first one is said aloud."""
+        self._time.eager_steps += 1
+        if not self._stats.eager_why:
+            names = ", ".join(choice.host_planned)
+            why = f"{names} plans on the host" if names else "it was not captured"
+            self._stats = replace(self._stats, eager_why=f"{choice.key}: {why}")
+            _LOGGER.warning(
+                "steps run without CUDA graphs, op by op, which costs throughput (%s): tune again, "
+                "or give kernels that a graph holds",
+                self._stats.eager_why,
+            )
 
     def _choose(self, step: Step) -> Chosen:
         positions_R = step.inputs.decode_positions_R

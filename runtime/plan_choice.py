@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..search_spaces.schema import HardwareSpec
+from .host_planned import host_planned, without_host_planned
 from .legality import check
 from .op_graph import OpGraph, OpKind
 from .plan import Bucket, NanoBatch, NanoOp, Plan, Schedule
@@ -22,8 +23,6 @@ TILE_ROWS = 128
 """Rows of the largest GEMM tiles."""
 MAX_DISTANCE = 0.25
 """A winner is used when mix and KV length are this near to those it was found for."""
-HOST_PLANNED = ("flashinfer",)
-"""Prefixes of attention variants that plan on the host for given lengths: in no graph."""
 _MIN_TIME = 0.15
 """Of a bucket's time: what a step of few rows takes at least, since all weights are read."""
 
@@ -37,6 +36,8 @@ class Choice:
     schedule: Schedule
     period_us: float
     """Predicted or measured time of one iteration; 0 when nobody knows."""
+    is_replaced: bool = False
+    """Some kernels are others than those that `period_us` was found with."""
 
     @property
     def rows(self) -> int:
@@ -44,11 +45,14 @@ class Choice:
         return self.schedule.dense_batch_tokens
 
     @property
+    def host_planned(self) -> tuple[str, ...]:
+        """Its variants that plan on the host, behind the names of their ops."""
+        return host_planned(self.schedule)
+
+    @property
     def is_capturable(self) -> bool:
         """Whether a CUDA graph of it serves any step."""
-        return not any(
-            nano_op.variant.startswith(HOST_PLANNED) for nano_op in self.schedule.nano_ops
-        )
+        return not self.host_planned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +65,8 @@ class Chosen:
     @property
     def label(self) -> str:
         """For logs and stats."""
-        return f"{self.choice.schedule.name} ({self.reason})"
+        other = "; not with the kernels it was timed with" if self.choice.is_replaced else ""
+        return f"{self.choice.schedule.name} ({self.reason}{other})"
 
 
 class PlanBook:
@@ -84,6 +89,8 @@ class PlanBook:
             even_losing: use them near their buckets whether they gain or not, to measure them.
         """
         self._remark, self._even_losing = remark or "no plan", even_losing
+        self.replaced: tuple[str, ...] = ()
+        """Kernels that others stand in for, one remark each; see `hold_in_graphs`."""
         self._plan = plan
         self._sizes = sorted(sequential)
         self.target_rows = plan.buckets[0].dense_batch_tokens if plan else self._sizes[-1]
@@ -168,6 +175,34 @@ class PlanBook:
                 f"plan has a bucket for, but got {rows}: tune with larger --buckets"
             )
         self.target_rows = next(size for size in self._sizes if size >= rows)
+
+    def hold_in_graphs(self, graph: OpGraph, stand_ins: Mapping[OpKind, str]) -> tuple[str, ...]:
+        """Replace variants that plan on the host by others, as an engine on a GPU must.
+
+        Times of the choices stay, as the nearest that are known, and each changed choice says that
+        they are not its own. A second call finds nothing to replace.
+
+        Args:
+            graph: of the model that is served.
+            stand_ins: by kind of op; kinds without one keep their variants.
+
+        Returns:
+            All remarks of this book, for the operator.
+        """
+        said = dict.fromkeys(self.replaced)
+
+        def held(choice: Choice) -> Choice:
+            schedule, remarks = without_host_planned(choice.schedule, graph, stand_ins)
+            said.update(dict.fromkeys(remarks))
+            return replace(choice, schedule=schedule, is_replaced=True) if remarks else choice
+
+        self._sequential = {rows: held(choice) for rows, choice in self._sequential.items()}
+        self._winners = {index: held(choice) for index, choice in self._winners.items()}
+        self.choices = {
+            choice.key: choice for choice in (*self._sequential.values(), *self._winners.values())
+        }
+        self.replaced = tuple(said)
+        return self.replaced
 
     @property
     def max_rows(self) -> int:

@@ -150,6 +150,10 @@ class EngineStats:
     padding_rows_total: int = 0
     eager_steps_total: int = 0
     """Steps whose layout no captured graph had."""
+    eager_why: str = ""
+    """Why the first of them had none; empty where there are none."""
+    replaced_kernels: tuple[str, ...] = ()
+    """The plan's kernels that others stand in for, one remark each."""
     host_s_total: float = 0.0
     """Time in which the engine thread worked for its steps rather than waited for the device."""
     step_s_total: float = 0.0

@@ -117,6 +117,11 @@ def prepare(
         say(f"{remark}: only its sequential schedules run")
     graph = OpGraph.build(model, num_gpus)
     book = PlanBook.from_plan(graph, plan, hardware, remark)
+    if device == "cuda":
+        from .kernels.graph_variants import graph_variants
+
+        for replaced in book.hold_in_graphs(graph, graph_variants(graph, plan.page_size)):
+            say(replaced)
     if options.dense_batch is not None:
         book.aim_at(options.dense_batch)
     _check_offload(options)

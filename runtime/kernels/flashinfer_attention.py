@@ -5,6 +5,12 @@ prefill. FlashInfer plans on the host before it runs, which cannot be captured i
 the first call for some rows on some share plans (and waits for its stream), later ones only launch.
 A plan belongs to its rows, holds its own workspace, and is freed with them; rows and their tensors
 must not change meanwhile. Run eagerly once before capture, as `Executor.capture` does.
+So an engine on a GPU, whose lengths change with every step, replaces these variants
+(`host_planned`). For graphs that serve any lengths there would have to be: wrappers made with
+`use_cuda_graph` over buffers of fixed size, one for each row range and share of a schedule; a plan
+made from the step's host lengths by `StaticBatch.fill`, before its replay; two integer workspaces
+in turn, since the step before may still read the last plan; grids that no length changes (FA2), and
+`deal_to_share` within that plan (FA3).
 
 FlashInfer sizes its plans for all SMs of the device. Here they are for the share: FA2 is told to
 leave CTAs out, FA3's items are dealt again (`flashinfer_plan`). Both reach behind the wrappers, so

@@ -149,6 +149,16 @@ def _pool_map(pages_PGBH: Tensor) -> TensorMap:
     )
 
 
+def takes(heads: HeadShape, dtype: torch.dtype, page_size: int) -> bool:
+    """Whether the kernel computes attention of such heads over such pages."""
+    return _takes_heads(heads) and dtype == torch.bfloat16 and page_size == PAGE_SIZE
+
+
+def _takes_heads(heads: HeadShape) -> bool:
+    group, rest = divmod(heads.num_qo_heads, heads.num_kv_heads)
+    return heads.head_dim in HEAD_DIMS and not rest and 1 <= group <= MAX_GROUP
+
+
 def _check(
     qkv_TC: Tensor,
     k_pages_PGBH: Tensor,
@@ -157,8 +167,7 @@ def _check(
     out_TQ: Tensor,
     heads: HeadShape,
 ) -> None:
-    group, rest = divmod(heads.num_qo_heads, heads.num_kv_heads)
-    if heads.head_dim not in HEAD_DIMS or rest or not 1 <= group <= MAX_GROUP:
+    if not _takes_heads(heads):
         raise ValueError(
             f"sm90 decode attention takes head dimensions {HEAD_DIMS} and 1 to {MAX_GROUP} query "
             f"heads a kv head, got {heads}: use the variant `triton`"

@@ -127,3 +127,18 @@ def test_several_workloads_are_served_one_after_the_other(offline, capsys):
     with pytest.raises(SystemExit):
         offline.main(["--tiny", "--workload", "40/12,8/20", "--requests", "1,2,3"])
     assert "one for each workload" in capsys.readouterr().err
+
+
+def test_steps_without_graphs_are_said_with_their_reason_once_for_each_book(offline):
+    stats = EngineStats(
+        steps_total=9, eager_steps_total=7, eager_why="bucket 0: flashinfer plans on the host"
+    )
+    quiet = run_of(offline, "sequential", 1.0)
+    loud = replace(run_of(offline, "winner", 1.0), stats=stats)
+    (warning,) = offline.eager_warnings([quiet, loud, quiet, loud])
+    assert "winner ran 7 of 9 steps without CUDA graphs" in warning
+    assert stats.eager_why in warning
+    replaced = replace(stats, replaced_kernels=("a -> b: why", "c -> d: why"))
+    row = offline.table_row(replace(loud, stats=replaced), {}, 1)
+    assert row["eager_why"] == stats.eager_why
+    assert row["replaced_kernels"] == "a -> b: why; c -> d: why"
