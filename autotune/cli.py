@@ -107,6 +107,7 @@ def _tune_options(options: argparse.Namespace) -> Any:  # noqa: ANN401
         buckets=options.buckets,
         command=" ".join(["nanoflow-tune", *sys.argv[1:]]),
         is_search_only=options.verb == "search",
+        allows_host_planned=options.host_planned,
         is_resumed=options.resume,
     )
 

@@ -85,6 +85,12 @@ def _add_job_flags(parser: argparse.ArgumentParser, *, is_model_required: bool =
         metavar="main|TOKENS,...",
         help="sizes of the plan book, or the workload's own batch alone (default: 128 to 4096)",
     )
+    add(
+        "--host-planned",
+        action="store_true",
+        help="let plans name kernels that plan on the host (FlashInfer): no CUDA graph holds them, "
+        "so the engine replaces them",
+    )
     _add_output_flags(parser)
 
 

@@ -11,6 +11,7 @@ from typing import Literal, cast
 from ..profiler.profile import Profile
 from ..profiler.rank_jobs import IterationCase
 from ..profiler.store import load_profile, profile_files, shipped_profile
+from ..runtime.host_planned import HOST_PLANNED
 from ..runtime.op_graph import OpGraph
 from ..search_spaces.loader import (
     content_hash,
@@ -61,6 +62,8 @@ class TuneOptions:
     """What was called, for the header of new profiles."""
     is_search_only: bool = False
     """Leave out verification and pictures."""
+    allows_host_planned: bool = False
+    """Plans may name attention kernels that plan on the host, which the engine replaces."""
     is_resumed: bool = False
     """There must be an interrupted run to go on with."""
 
@@ -87,14 +90,14 @@ class ProfileChoice:
     profile: Profile | None
     title: str
     lacking: tuple[str, ...] = ()
-    """Optional libraries whose kernels no plan may name."""
+    """How names of variants start that no plan may name."""
 
     @property
     def kernels(self) -> str:
         """Which kernels plans choose from, in words."""
         if not self.lacking:
             return "all variants of the profile"
-        return f"this package's variants, without those of {', '.join(self.lacking)}"
+        return f"the profile's variants, without those of {', '.join(self.lacking)}"
 
 
 def resolve(options: TuneOptions, say: Callable[[str], None]) -> Job:
@@ -161,23 +164,24 @@ def _reasons(
 def choose_profile(options: TuneOptions, job: Job) -> ProfileChoice:
     """The profile that the options mean, and the kernels that may be chosen from it.
 
-    On a GPU host those of the libraries that are installed. Without a GPU all that a given profile
-    holds, as they were there where it was measured; of the shipped one only this package's own.
+    Those that plan on the host are left out unless the options allow them: the engine would
+    replace them, as no CUDA graph holds them, and serve another schedule than was tuned. On a GPU
+    host those of libraries that are not installed are left out in any case.
 
     Raises:
         ProfileMissingError: none is shipped for this GPU.
         ValueError: the file is damaged, or of another GPU.
     """
     chosen = _of_its_width(_choose_profile(options, job), options, job)
+    lacking = () if options.allows_host_planned else HOST_PLANNED
     if job.stage is not None:
-        missing = tuple(
+        missing = (
             name
             for name, modules in OPTIONAL_LIBRARIES.items()
             if any(importlib.util.find_spec(module) is None for module in modules)
         )
-        return replace(chosen, lacking=missing)
-    is_shipped = options.profile in ("auto", "shipped")
-    return replace(chosen, lacking=tuple(OPTIONAL_LIBRARIES)) if is_shipped else chosen
+        lacking = tuple(dict.fromkeys((*lacking, *missing)))
+    return replace(chosen, lacking=lacking)
 
 
 def _of_its_width(chosen: ProfileChoice, options: TuneOptions, job: Job) -> ProfileChoice:
