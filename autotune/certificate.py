@@ -41,6 +41,8 @@ ALL_TRIALS = 60
 """Simulator trials of a space for which all of that is done."""
 ROUNDS, LP_WORK = 12, 1e6
 """Of an LP, as far as work is counted, and what it takes whatever its size."""
+LARGE = 1e6
+"""Configurations of an LP that no longer fit a cache: they take longer each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,9 +125,12 @@ def space_bound(
     every = [s for count in range(1, most_batches + 1) for s in splits_of(space, mix, count)]
     splits = _distinct(every, mix)
     screen, spent, num_full = bounds.screen(splits), 0.0, 0
-    for split in _anchors(splits):
+    for split, is_even in _anchors(splits):
+        is_large = bounds.problem(split).together.can.size > LARGE
+        if is_large and not is_even:
+            continue
         clock = bounds.highest_clock(split, wanted_us)
-        for part in (clock, 0.97 * clock) if bounds.power else (1.0,):
+        for part in (clock, 0.97 * clock) if bounds.power and not is_large else (clock,):
             found, _ = bounds.solve(Part(split, bounds.cell(part, 0.996 * part)), float("inf"))
             num_full += found.us > 0
     queue: list[tuple[float, int, bool, Part]] = []
@@ -159,9 +164,16 @@ def space_bound(
             if again_us >= wanted_us:
                 finish(again_us, part.split)
                 continue
+            if bounds.is_wide(part):
+                for half in bounds.narrower(part):
+                    rows, order = rows_of(half.split, mix), half.split.row_order
+                    half_us = max(us, screen.bound_us(rows, order, half.cell, wanted_us))
+                    heapq.heappush(queue, (half_us, next(numbers), False, half))
+                continue
         found, halves = bounds.solve(part, wanted_us)
         num_full += 1
-        spent += LP_WORK + ROUNDS * bounds.problem(part.split).together.can.size
+        size = bounds.problem(part.split).together.can.size
+        spent += LP_WORK + ROUNDS * size * (1 + size / LARGE)
         us = max(us, found.us)
         last = part.split, found
         if us >= wanted_us or not halves:
@@ -175,7 +187,7 @@ def space_bound(
             bound_us=found.us,
             sizes=found.split.sizes,
             row_order=found.split.row_order,
-            is_dominated=found.us >= wanted_us,
+            is_dominated=found.us >= best_us * (1 - AIM),
         )
         for count, found in sorted(lowest.items())
     )
@@ -204,13 +216,17 @@ def _distinct(splits: Sequence[Split], mix: RowMix) -> list[Split]:
     return list(kept.values())
 
 
-def _anchors(splits: Sequence[Split]) -> list[Split]:
-    """Cuts to solve first: of each count and row order the most even and the least even."""
+def _anchors(splits: Sequence[Split]) -> list[tuple[Split, bool]]:
+    """Cuts to solve first, and whether it is an even one.
+
+    Of each count and row order the most even, a middling and the least even one.
+    """
     groups: dict[tuple[int, str], list[Split]] = {}
     for split in splits:
         groups.setdefault((len(split.sizes), split.row_order), []).append(split)
-    found: list[Split] = []
+    found: list[tuple[Split, bool]] = []
     for group in groups.values():
         ranked = sorted(group, key=lambda s: (max(s.sizes) - min(s.sizes), s.sizes))
-        found += dict.fromkeys((ranked[0], ranked[len(ranked) // 2], ranked[-1]))
+        chosen = dict.fromkeys((ranked[0], ranked[len(ranked) // 2], ranked[-1]))
+        found += [(split, number == 0) for number, split in enumerate(chosen)]
     return found

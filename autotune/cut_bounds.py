@@ -40,9 +40,9 @@ CELL = 0.004
 """Part of the clock that a cell spans at least."""
 FINEST = 0.0006
 """Clocks so close to each other are not told apart further."""
-HOPELESS = 0.96
-"""Part of the wanted bound below which a cell is not made smaller at first."""
-WIDEST = 16
+COARSE = 8
+"""Cells looked at together at first; those with low bounds are divided later."""
+WIDEST = 32
 """Cells looked at together where the bound is far above what is asked for."""
 
 
@@ -163,12 +163,9 @@ class Bounds:
         return float((1 - CELL) ** step)
 
     def cells(self, split: Split, wanted_us: float, screen: Screen) -> Iterator[tuple[Cell, float]]:
-        """Cells that cover all clocks, each with a bound, as wide as the wanted bound allows.
-
-        Cells of one clock are the smallest; their bounds may be below what is wanted.
-        """
+        """Wide cells that cover all clocks, each with a bound, perhaps below what is wanted."""
         rows, order = rows_of(split, self.mix), split.row_order
-        high, width = self.highest_clock(split, wanted_us), 1
+        high, width = self.highest_clock(split, wanted_us), COARSE
         if self.power is None:
             cell = self.cell(1.0, 1.0)
             yield cell, screen.bound_us(rows, order, cell)
@@ -182,13 +179,9 @@ class Bounds:
                 return
             cell = self.cell(high, high * (1 - CELL) ** width)
             us = screen.bound_us(rows, order, cell, wanted_us * 1.03)
-            while HOPELESS * wanted_us < us < wanted_us and width > 1:
-                width //= 2
-                cell = self.cell(high, high * (1 - CELL) ** width)
-                us = screen.bound_us(rows, order, cell, wanted_us * 1.03)
             yield cell, us
             high *= (1 - CELL) ** width
-            if us > wanted_us * (1 + 2 * CELL * width) or us < HOPELESS * wanted_us:
+            if us > wanted_us * (1 + 2 * CELL * width):
                 width = min(WIDEST, 2 * width)
 
     # -- LPs -----------------------------------------------------------------------------------
@@ -237,11 +230,8 @@ class Bounds:
         self, part: Part, problem: Problem, shares: Sequence[NDArray[np.intp]], found: Bound
     ) -> list[Part]:
         """Halves of a wide cell; else small and large shares of the nano-op that mixes most."""
-        cell = part.cell
-        if cell.high - cell.low > FINEST:
-            middle = (cell.high * cell.low) ** 0.5
-            cells = self.cell(cell.high, middle), self.cell(middle, cell.low)
-            return [Part(part.split, one, part.without) for one in cells]
+        if part.cell.high - part.cell.low > FINEST:
+            return self.narrower(part)
         best: tuple[float, int, float, list[int]] | None = None
         for lane, held, used in zip(problem.lanes, shares, found.used, strict=True):
             for node in np.unique(lane.node[lane.node != NOTHING]):
@@ -261,6 +251,16 @@ class Bounds:
         small = frozenset((node, s) for s in options if s > mean)
         large = frozenset((node, s) for s in options if s <= mean)
         return [Part(part.split, part.cell, (*part.without, some)) for some in (small, large)]
+
+    def is_wide(self, part: Part) -> bool:
+        """Whether its clocks should be divided before an LP is solved."""
+        return part.cell.high * (1 - 1.5 * CELL) > part.cell.low
+
+    def narrower(self, part: Part) -> list[Part]:
+        """The halves of its cell of clocks."""
+        cell, middle = part.cell, (part.cell.high * part.cell.low) ** 0.5
+        cells = self.cell(cell.high, middle), self.cell(middle, cell.low)
+        return [Part(part.split, one, part.without) for one in cells]
 
     def binds(self, split: Split, found: Bound) -> str:
         """What the bound of a cut is made of, in words."""

@@ -23,6 +23,7 @@ from ..runtime.op_graph import RowMix
 from .configuration_lp import Array, Bound, Cell, Problem
 from .configurations import Call, Configurations
 
+Singles = NDArray[np.float32]
 CELLS_KEPT = 24
 RECORDS_TRIED = 2
 FEW = 2
@@ -80,7 +81,7 @@ class Screen:
         self._apart = [np.zeros((len(places[0]) + 1, len(lane) + 1), dtype=bool) for lane in places]
         for lane in (1, 2):
             self._apart[lane][:-1, :-1] = configurations.waits[ops[0]][:, ops[lane]]
-        self._rates: dict[float, tuple[Array, Array, Array]] = {}
+        self._rates: dict[float, tuple[Singles, Singles, Singles]] = {}
         self._tables: dict[tuple[int, float], _Table] = {}
 
     def keep(self, rows: Sequence[RowMix], row_order: str, cell: Cell, bound: Bound) -> None:
@@ -163,14 +164,14 @@ class Screen:
         rates = self._rates_at(clock)
         is_split = len(self.made.places[2]) > 0 and count <= FEW
         for batch in range(count):
-            first = rates[0] * worth[0][batch][:, None, None]
+            first = rates[0] * worth[0][batch][:, None, None].astype(np.float32)
             for second in range(count) if is_split else (None,):
                 here = range(count) if second is None else (second,)
                 memory = self._of(worth[1], 1, here, batch)
                 others = [n for n in range(count) if n != second]
                 network = self._of(worth[2], 2, others, batch)
-                earned = first + rates[1] * memory[:, :, None]
-                earned += rates[2] * network[:, None, :]
+                earned = first + rates[1] * memory[:, :, None].astype(np.float32)
+                earned += rates[2] * network[:, None, :].astype(np.float32)
                 most = max(most, float(earned.max()))
         return most
 
@@ -188,12 +189,12 @@ class Screen:
         others = most([n for n in batches if n != compute])
         return np.where(self._apart[lane], others, most(list(batches)))
 
-    def _rates_at(self, clock: float) -> tuple[Array, Array, Array]:
+    def _rates_at(self, clock: float) -> tuple[Singles, Singles, Singles]:
         """Rates over the time alone (of memory-bound ops at the highest clock) of all places."""
         if clock not in self._rates:
             if len(self._rates) >= CELLS_KEPT:
                 self._rates.pop(next(iter(self._rates)))
-            found: list[Array] = []
+            found: list[Singles] = []
             for lane, slow in enumerate(self._together.slowdowns):
                 view = [1, 1, 1]
                 view[lane] = len(self._stretch[lane])
@@ -206,7 +207,7 @@ class Screen:
                 index: list[slice | int] = [slice(None)] * 3
                 index[lane] = rate.shape[lane] - 1
                 rate[tuple(index)] = 0.0
-                found.append(rate)
+                found.append(rate.astype(np.float32))
             self._rates[clock] = found[0], found[1], found[2]
         return self._rates[clock]
 
