@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ..runtime.legality import check
 from ..runtime.op_graph import OpGraph, RowMix
@@ -46,6 +47,8 @@ from .race import (
 )
 from .race import overlaps as overlaps
 from .refine import Family, placed_of, refine
+from .search_progress import Stage, StageTold, unseen
+from .search_result import SearchResult as SearchResult
 from .side_by_side import attention_side_by_side
 from .simulator import predict
 from .structure import find_structure
@@ -54,30 +57,6 @@ MEASURED_FROM_SIMULATOR = 4
 """Best refined schedules of the simulator that are measured."""
 CLIMBED_KEPT = 2
 """Best schedules of the local search that enter the race."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SearchResult:
-    """What the search found for one dense-batch size and mix."""
-
-    winner: Candidate
-    sequential: Candidate
-    best_overlapped: Candidate
-    race: tuple[Candidate, ...]
-    """Sequential first, then by best known time."""
-    certificate: Certificate
-    space_bound: SpaceBound
-    """What no plan of the declared space is predicted to beat."""
-    lower_bound_us: float
-    power_limit_us: float
-    """0 where no energy model is known."""
-    bound: str
-    """`compute`, `memory`, `network` or `power`."""
-    history: tuple[tuple[int, str, float], ...]
-    """(number, schedule name, period in us) of everything tried, in order."""
-    stages: tuple[str, ...]
-    """What each stage decided and rejected, and why."""
-    seed: int
 
 
 def _silent(_: str) -> None:
@@ -96,6 +75,7 @@ class _Search:
     seed: int
     storage: str | None
     on_progress: Callable[[str], None]
+    on_stage: StageTold
     measure: Measure | None
     tried: list[Candidate]
     stages: list[str]
@@ -231,11 +211,15 @@ class _Search:
 
     def round_robins(self, bound: SpaceBound) -> None:
         """Try each number of nano-batches that the bound lets beat what is known."""
+        has_climbed = any(c.schedule.name == "overlapped_climbed" for c in self.tried)
         for count in bound.counts[1:]:
             name = f"{count.num_nano_batches} nano-batches"
             at_best = f"at best {count.bound_us / 1e3:.2f} ms against {self.best_us / 1e3:.2f} ms"
             if count.is_dominated:
                 self.tell(f"{name}: rejected by the bound, {at_best}")
+                continue
+            if has_climbed:  # from round robins among others
+                self.tell(f"{name}: not rejected by the bound ({at_best}), searched already")
                 continue
             found = round_robins(self.graph, self.cost_model, self.space, self.mix, count)
             if not found:
@@ -270,10 +254,13 @@ class _Search:
             seed=self.seed,
             storage=self.storage,
             enqueue=enqueue,
+            advance=partial(self.on_stage, Stage.TRIALS),
         )
         if self.measure is None:
             return
+        self.on_stage(Stage.RACE)
         self.measure_race()
+        self.on_stage(Stage.GPU_TRIALS)
         self.tried += refine_on_hardware(
             family,
             trials=self.space.hardware_trials,
@@ -283,7 +270,9 @@ class _Search:
             enqueue=enqueue,
             known=tuple(self.tried),
             tell=self.tell,
+            advance=partial(self.on_stage, Stage.GPU_TRIALS),
         )
+        self.on_stage(Stage.FINALISTS)
         self.measure_final()
 
     def measure_final(self) -> None:
@@ -324,6 +313,7 @@ def search(
     seed: int,
     storage: str | None = None,
     on_progress: Callable[[str], None] = _silent,
+    on_stage: StageTold = unseen,
     measure: Measure | None = None,
     most_batches: int = MOST_BATCHES,
 ) -> SearchResult:
@@ -338,6 +328,7 @@ def search(
         seed: of solver and sampler.
         storage: Optuna storage URL, to resume from and to look at.
         on_progress: told what happens, in words.
+        on_stage: told which stage begins, and how many of how many parts of it are done.
         measure: times schedules on the GPU, all of them interleaved in one sustained run.
         most_batches: largest number of nano-batches that round robins and bound look at.
     """
@@ -350,19 +341,25 @@ def search(
         seed=seed,
         storage=storage,
         on_progress=on_progress,
+        on_stage=on_stage,
         measure=measure,
         tried=[],
         stages=[],
     )
     for warning in profile_warnings(cost_model.profile, graph) if cost_model.profile else ():
         run.tell(f"warning: {warning}")
+    on_stage(Stage.BASELINES)
     run.baselines()
     choices = run.best_ping_pongs()
     run.tell(f"baselines: {summary(run.tried)}")
+    on_stage(Stage.STRUCTURE)
     structure, certificate = run.structures(tuple(run.tried))
+    on_stage(Stage.LOCAL)
     run.climb(most_batches)
+    on_stage(Stage.BOUND)
     bound = run.bound(most_batches)
     run.round_robins(bound)
+    on_stage(Stage.TRIALS)
     run.refine(structure, choices)
     bound = bound.against(run.best_us)
     race = distinct(run.tried)
