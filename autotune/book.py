@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import log2
 
+from ..profiler.progress import Advance, nothing
 from ..runtime.op_graph import RowMix
 from ..runtime.plan import BreakEven, Bucket, Candidate, MixKind, Plan, Schedule
 from .book_grid import BookGrid, GridPoint, Traffic, bucket_rows, grid_points, key_of
@@ -19,7 +20,6 @@ from .book_store import BookStore
 from .bounds import lower_bound_us, power_limit_of, what_binds
 from .break_even import find_break_even
 from .point_search import PointResult, PointSearch
-from .progress import Advance, nothing
 from .regret import Regret, find_regret
 from .resize import row_order_of, shortened
 

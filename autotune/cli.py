@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import sys
 import tempfile
 import traceback
@@ -29,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("nanoflow-tune: interrupted before it did anything", file=sys.stderr)
         return INTERRUPTED
+    if getattr(options, "json", False):
+        os.environ.setdefault("NANOFLOW_NO_BARS", "--json")  # ranks get it too
     try:
         return _COMMANDS[options.verb](options)
     except KeyboardInterrupt:
@@ -121,7 +124,7 @@ def _profile(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from .progress import bar
+    from ..profiler.progress import bar
     from .verification import verify_file
 
     with bar(_stderr(), f"verifying {options.plan}, batches") as advance:
@@ -179,8 +182,8 @@ def _paper(options: argparse.Namespace) -> int:
     from rich import box
     from rich.table import Table
 
+    from ..profiler.progress import clock
     from .paper_mode import paper_document, paper_rows, run_paper
-    from .progress import clock
 
     with clock(_stderr(), "searching"):
         result = run_paper(options.workload, seed=options.seed, on_progress=_say)
@@ -249,10 +252,8 @@ def _export(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     from .bench_command import bench, table
-    from .progress import clock
 
-    with clock(_stderr(), f"serving with {options.plan}"):
-        values = bench(options, _say)
+    values = bench(options, _say)  # rank 0 draws how far it is
     if not options.json:
         stdout = _stdout()
         stdout.print(table(values))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from ..profiler.progress import Advance, nothing
 from ..runtime.plan import Candidate, Schedule, Timing
 from .corrections import NO_CORRECTIONS, CorrectedCostModel, Corrections, Learner
 from .ping_pong_grid import best_of_grid
@@ -58,6 +59,7 @@ def refine_on_hardware(
     known: Sequence[Candidate] = (),
     tell: Callable[[str], None] = _silent,
     is_over: Callable[[], bool] = lambda: False,
+    advance: Advance = nothing,
 ) -> tuple[Candidate, ...]:
     """Measure trials of the study, up to this many; every measured one is a candidate.
 
@@ -71,6 +73,7 @@ def refine_on_hardware(
         known: candidates of the same batch, of which measured ones teach the model already.
         tell: told what the corrections are, in words.
         is_over: asked before each batch, for a budget of time.
+        advance: told how many trials are measured.
     """
     study = open_study(family, seed, "hardware", storage, enqueue)
     loop = _Loop(
@@ -86,6 +89,7 @@ def refine_on_hardware(
             loop.learn(candidate.schedule, candidate.measured.period_us)
     candidates, empty = loop.resume(), 0
     while loop.num_measured < trials and empty < MOST_EMPTY and not is_over():
+        advance(loop.num_measured, trials)
         found = loop.step(min(MEASURED_TOGETHER, trials - loop.num_measured))
         candidates += found
         empty = 0 if found else empty + 1

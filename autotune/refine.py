@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, cast
 
+from ..profiler.progress import Advance, nothing
 from ..runtime.legality import check
 from ..runtime.op_graph import Op, OpGraph, OutputForm, RowMix
 from ..runtime.plan import Candidate, Schedule
@@ -280,6 +281,7 @@ def refine(
     seed: int,
     storage: str | None = None,
     enqueue: Sequence[Mapping[str, Any]] = (),
+    advance: Advance = nothing,
 ) -> tuple[Candidate, ...]:
     """Run the study up to this many trials; every legal one is a candidate, in trial order.
 
@@ -289,11 +291,13 @@ def refine(
         seed: of the sampler.
         storage: an Optuna URL, e.g. `sqlite:///out/search.db`; None keeps it in memory.
         enqueue: parameters to try first.
+        advance: told how many trials are done.
     """
     study = open_study(family, seed, "simulator", storage, enqueue)
     candidates = [replayed(family, trial) for trial in study.get_trials(deepcopy=False)]
     done = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
-    for _ in range(trials - len(done)):
+    for number in range(len(done), trials):
+        advance(number, trials)
         trial, schedule = ask(study, family)
         if schedule is None:
             continue

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..profiler.profile import Profile
+from ..profiler.progress import bar, clock
 from ..runtime.plan import Bucket, Candidate, Plan
 from ..runtime.schedule import IllegalScheduleError
 from .book import Book, build_book
@@ -42,12 +43,12 @@ from .job import (
 from .op_table import gemm_peak, op_rows
 from .output_folder import claim, held, staging
 from .point_search import PointSearch
-from .progress import bar, clock
 from .provenance import commit, created_by, provenance
 from .report import Report
 from .resize import row_order_of, shortened
 from .resume import KeptRun, Measure, check_resumable, kept_run
 from .search import SearchResult, pick_winner, search
+from .search_progress import search_bar
 from .sensitivity import sensitivity
 from .trace import Track
 from .verification import verify
@@ -189,7 +190,7 @@ def _search(
             f"{job.batch.tokens} tokens fit; use more GPUs"
         )
     try:
-        with clock(console, "searching"):
+        with search_bar(console, job.space, has_gpu=measure is not None) as on_stage:
             result = search(
                 job.graph,
                 cost_model,
@@ -199,13 +200,17 @@ def _search(
                 seed=options.seed,
                 storage=f"sqlite:///{study}",
                 on_progress=lambda text: say(console, "search", text),
+                on_stage=on_stage,
                 measure=measure,
             )
     except IllegalScheduleError as err:
         raise NoFeasiblePlanError(
             f"no schedule of the search space runs on {job.hardware.name}: {err}"
         ) from err
-    return _settled(result, job.stage) if job.stage else result
+    if job.stage is None:
+        return result
+    with clock(console, "longer turns of the finalists"):
+        return _settled(result, job.stage)
 
 
 def _settled(result: SearchResult, stage: GpuStage) -> SearchResult:

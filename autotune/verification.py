@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..profiler.progress import Advance, nothing
 from ..profiler.rank_jobs import IterationCase
 from ..runtime.launch import RankGroup
 from ..runtime.op_graph import OpGraph, RowMix
@@ -22,7 +23,6 @@ from ..search_spaces.loader import load_hardware, load_model
 from ..search_spaces.schema import HardwareSpec, ModelSpec
 from .document import verification_rows
 from .gpu_stage import GpuStage, find_devices, find_stage
-from .progress import Advance, nothing
 
 CPU_TIMEOUT_S = 300.0
 """A CPU rank that answers later than this hangs."""

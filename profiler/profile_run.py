@@ -8,7 +8,6 @@ into the file of the first one that has them. Rows are stored at once, so that a
 from __future__ import annotations
 
 import gc
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from .grid import Family, Variants, collective_points, families, sustained_point
 from .interference import Fastest, Together
 from .power import PowerMeter
 from .profile import PairRow, Point, Row, TripleRow
+from .progress import BudgetBar, HandBar, stderr_console
 from .rank_jobs import KV_POOL_BYTES, ProfileJob, ProfileRun, gpu_variants
 from .store import PAIRS, TRIPLES, ProfileWriter, read_pairs, read_rows, read_triples, tidy
 from .sweep import Sweep, failed_row
@@ -88,8 +88,8 @@ def run(ctx: RankContext, order: ProfileRun) -> None:
     from ..runtime import kernels
     from ..runtime.device import lane_groups
 
-    started_s = time.monotonic()
-    budget = Budget(clock=time.monotonic, start_s=started_s, seconds=60 * order.minutes)
+    started_s, seconds = time.monotonic(), 60 * order.minutes
+    budget = Budget(clock=time.monotonic, start_s=started_s, seconds=seconds)
     kernels.load("cuda")
     torch.cuda.set_device(ctx.rank)
     groups = lane_groups(ctx, ())
@@ -109,15 +109,19 @@ def run(ctx: RankContext, order: ProfileRun) -> None:
     in_step = ctx.world_size > 1 and "collectives" in order.parts
     is_first = "compute" not in order.parts  # else kernels beside collectives are chosen by curves
     try:
-        if in_step and is_first:
-            _measure_in_step(ctx, sweep, order, rows, variants, budget, files)
-        if ctx.rank == 0:
-            _measure_alone(sweep, order, places, rows, variants, budget, files)
-            if "compute" in order.parts and not _have_sustained(order.jobs):
-                points = sustained_points(places.graphs, hardware.num_sms, variants)
-                sustained = sweep.sustained_gemm(points)
-        if in_step and not is_first:
-            _measure_in_step(ctx, sweep, order, rows, variants, budget, files)
+        with HandBar(stderr_console() if ctx.rank == 0 else None) as hand:
+            hand.started_s = started_s
+            bar = BudgetBar(bar=hand, seconds=seconds)
+            if in_step and is_first:
+                _measure_in_step(ctx, sweep, order, rows, variants, budget, files, bar)
+            if ctx.rank == 0:
+                _measure_alone(sweep, order, places, rows, variants, budget, files, bar)
+                if "compute" in order.parts and not _have_sustained(order.jobs):
+                    bar.enter("GEMMs for seconds")
+                    points = sustained_points(places.graphs, hardware.num_sms, variants)
+                    sustained = sweep.sustained_gemm(points)
+            if in_step and not is_first:
+                _measure_in_step(ctx, sweep, order, rows, variants, budget, files, bar)
     finally:
         files.close()
     if ctx.rank == 0:
@@ -161,6 +165,7 @@ def _measure_alone(
     variants: Variants,
     budget: Budget,
     files: _Files,
+    bar: BudgetBar,
 ) -> None:
     """Curves, joules and co-runs of one GPU."""
 
@@ -175,13 +180,15 @@ def _measure_alone(
         return row
 
     def measure(point: Point, with_joules: bool) -> Row:
-        return store(sweep.measure(point, with_joules))
+        row = store(sweep.measure(point, with_joules))
+        bar.count()
+        return row
 
     def on_chunk(done: int, left: int) -> None:
         sweep.timer.heat(150.0)  # the card must not cool while the host looks at the curves
-        _say(
-            f"{done} rows, {left} more points are worth it, {budget.clock() - budget.start_s:.0f} s"
-        )
+        if not bar.bar.is_shown:
+            took_s = budget.clock() - budget.start_s
+            _say(bar, f"{done} rows, {left} more points are worth it, {took_s:.0f} s")
 
     if "compute" in order.parts:
         missing = [
@@ -189,14 +196,17 @@ def _measure_alone(
             for family in places.families
             for variant in family.variants
         ]
+        bar.enter("compiling kernels")
         lost = sweep.compile(point for point in missing if point not in rows)
         if lost is not None:
             store(failed_row(lost, "took the CUDA context with it"))
+        bar.enter("curves")
         is_whole = measure_curves(
             places.families, rows, lambda point: measure(point, False), budget, on_chunk
         )
-        _say("every curve is known" if is_whole else "the time for curves is over")
+        _say(bar, "every curve is known" if is_whole else "the time for curves is over")
     if "joules" in order.parts:
+        bar.enter("joules")
         measure_joules(places.families, rows, lambda point: measure(point, True), budget)
     if "pairs" in order.parts:
         hardware, fastest = sweep.hardware, Fastest(rows.values(), variants)
@@ -207,7 +217,7 @@ def _measure_alone(
             for job, graph in jobs[:TRIPLE_JOBS]
         ]
         wanted += [_left(job, interference.pairs(graph, fastest, *size)) for job, graph in jobs]
-        _co_run(sweep, interference.in_turn(wanted), files, budget)
+        _co_run(sweep, interference.in_turn(wanted), files, budget, bar)
 
 
 def _measure_in_step(
@@ -218,6 +228,7 @@ def _measure_in_step(
     variants: Variants,
     budget: Budget,
     files: _Files,
+    bar: BudgetBar,
 ) -> None:
     """Collectives and GEMMs beside them, on all ranks; rank 0 decides, counts and writes."""
     import torch.distributed as dist
@@ -234,18 +245,20 @@ def _measure_in_step(
             continue
         graph = OpGraph.build(job.model, job.tp_degree)
         points = collective_points(graph, num_sms, variants)
+        bar.enter("collectives")
         for point in agree([point for point in points if point not in rows]):
             dist.barrier()
             rows[point] = sweep.measure_collective(point)
             if ctx.rank == 0:
                 files.append(job.path, rows[point])
+                bar.count()
         fastest = Fastest(rows.values(), variants)
         pairs = interference.network_pairs(graph, fastest, num_sms, variants)
         threes = interference.network_triples(graph, fastest, num_sms, size, variants)
         wanted += [_left(job, pairs), _left(job, threes)]
     if "pairs" in order.parts:
         entries = agree(interference.in_turn(wanted))
-        _co_run(sweep, entries, files if ctx.rank == 0 else None, budget, agree)
+        _co_run(sweep, entries, files if ctx.rank == 0 else None, budget, bar, agree)
 
 
 def _co_run(
@@ -253,22 +266,25 @@ def _co_run(
     entries: Sequence[_Entry],
     files: _Files | None,
     budget: Budget,
+    bar: BudgetBar,
     agree: Callable[[Any], Any] = _alone,
 ) -> None:
     """Measure co-runs until the run is over; `files` None: another rank writes."""
+    bar.enter("co-runs", f"of {len(entries)}")
     for done, (path, together) in enumerate(entries):
         if not agree(budget.has_room(SECONDS_PER_PAIR, 1.0)):
-            _say(f"the time for co-runs is over: {done} of {len(entries)}")
+            _say(bar, f"the time for co-runs is over: {done} of {len(entries)}")
             return
         try:
             row = sweep.measure_together(together, agree)
         except (RuntimeError, ValueError) as err:
             if isinstance(err, RuntimeError) and (agree is not _alone or sweep.has_lost_context()):
                 raise  # ranks may have parted, or nothing can run any more
-            _say(f"left out {' beside '.join(p.variant for p in together)}: {err}")
+            _say(bar, f"left out {' beside '.join(p.variant for p in together)}: {err}")
             continue
         if files is not None:
             files.append(path.with_suffix(TRIPLES if isinstance(row, TripleRow) else PAIRS), row)
+        bar.count()
 
 
 def _left(job: ProfileJob, wanted: Sequence[Together]) -> list[_Entry]:
@@ -282,5 +298,6 @@ def _left(job: ProfileJob, wanted: Sequence[Together]) -> list[_Entry]:
     return [(job.path, together) for together in interference.left(wanted, known)]
 
 
-def _say(text: str) -> None:
-    print(f"profile   {text}", file=sys.stderr, flush=True)
+def _say(bar: BudgetBar, text: str) -> None:
+    """A line on the terminal of rank 0; other ranks keep silent."""
+    bar.bar.say(f"profile   {text}")

@@ -39,6 +39,7 @@ from ..runtime.verify_rank import default_resources
 from ..runtime.weights import Weights, random_weights
 from ..search_spaces.schema import ModelSpec
 from .power import PowerMeter
+from .progress import REDRAWN_AFTER_S, HandBar, TokenBar, stderr_console
 from .serving_case import RESERVED_BYTES, Contender, ServingCase, ServingRun
 
 _POLL_S = 0.1
@@ -100,28 +101,32 @@ def run_contenders(
     gathers = has_o_columns(
         choice.schedule for c in contenders for choice in c.book.choices.values()
     )
-    loaded = load_case(ctx, cases[0], with_o_columns=gathers)
-    if ctx.device != "cpu":
-        _hold_in_graphs(ctx, cases[0], contenders)
-    runners = {
-        contender.name: _Kept(_warm_runner(ctx, cases, loaded, contender))
-        for contender in contenders
-    }
+    num_tokens = rounds * len(contenders) * sum(case.num_tokens for case in cases)
     runs: list[list[ServingRun]] = []
-    for case in cases:
-        runs.append([])
-        for contender in list(contenders) * rounds:
-            meter = _Meter(ctx.rank if ctx.device.startswith("cuda") else None)
-            runner = runners[contender.name]
-            if ctx.rank > 0:
-                meter.measure(partial(follow, runner, loaded.group))
-            else:
-                runs[-1].append(_lead(ctx, case, loaded, contender, runner, meter))
-            _add_joules(ctx, meter, runs[-1])
-            if ctx.rank == 0:
-                run = runs[-1][-1]
-                rate = f"{run.tokens_per_s / run.num_gpus:.0f} tokens/s/GPU"
-                print(f"{run.name}: {rate} in {run.elapsed_s:.1f} s", file=sys.stderr)
+    with HandBar(stderr_console() if ctx.rank == 0 else None) as hand:
+        bar = TokenBar(bar=hand, num_tokens=num_tokens)
+        bar.before("loading weights")
+        loaded = load_case(ctx, cases[0], with_o_columns=gathers)
+        if ctx.device != "cpu":
+            _hold_in_graphs(ctx, cases[0], contenders)
+        runners: dict[str, _Kept] = {}
+        for contender in contenders:
+            bar.before(f"{contender.name}, making its executors")
+            runners[contender.name] = _Kept(_warm_runner(ctx, cases, loaded, contender))
+        for case in cases:
+            runs.append([])
+            for contender in list(contenders) * rounds:
+                meter = _Meter(ctx.rank if ctx.device.startswith("cuda") else None)
+                runner = runners[contender.name]
+                if ctx.rank > 0:
+                    meter.measure(partial(follow, runner, loaded.group))
+                else:
+                    runs[-1].append(_lead(ctx, case, loaded, contender, runner, meter, bar))
+                _add_joules(ctx, meter, runs[-1])
+                if ctx.rank == 0:
+                    run = runs[-1][-1]
+                    rate = f"{run.tokens_per_s / run.num_gpus:.0f} tokens/s/GPU"
+                    hand.say(f"{run.name}: {rate} in {run.elapsed_s:.1f} s")
     for runner in runners.values():
         runner.runner.close()
     return runs
@@ -290,6 +295,7 @@ def _lead(
     contender: Contender,
     runner: _Kept,
     meter: _Meter,
+    bar: TokenBar,
 ) -> ServingRun:
     def lead() -> _Kept | LeadingRunner:
         if ctx.device != "cpu":
@@ -315,11 +321,15 @@ def _lead(
         for request in requests:
             engine.submit(request, on_event)
         for _ in requests:
-            done.acquire()
+            is_done = False
+            while not is_done:
+                is_done = done.acquire(timeout=REDRAWN_AFTER_S if bar.bar.is_shown else None)
+                bar.during(contender.name, _served(engine), time.perf_counter() - began_s)
         elapsed.append(time.perf_counter() - began_s)
 
     meter.measure(serve)
     engine.close()
+    bar.after(case.num_tokens, elapsed[0])
     if failures:
         raise RuntimeError(f"{len(failures)} requests were not served whole: {failures[0]}")
     return ServingRun(
@@ -332,6 +342,11 @@ def _lead(
         sm_clock_mhz=meter.sm_clock_mhz,
         stats=engine.stats,
     )
+
+
+def _served(engine: Engine) -> int:
+    """Prompt and generated tokens so far."""
+    return engine.stats.prompt_tokens_total + engine.stats.tokens_generated_total
 
 
 def requests_of(case: ServingCase) -> list[GenerationRequest]:
