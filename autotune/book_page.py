@@ -9,7 +9,7 @@ from typing import Any
 
 from ..runtime.plan import Bucket
 from .book import Book
-from .break_even import sentence
+from .break_even import MOST_LISTED, sentence
 from .race import PREDICTED_MARGIN
 from .regret import Regret, RegretSample
 
@@ -49,15 +49,27 @@ def _sentence(book: Book) -> str:
         text += f" {first} {'; '.join(paying)}."
     elif others and not main.wins_at:
         text += " Nor does it for any other mix or KV length of the plan book."
-    measured = [bucket for bucket in book.buckets if bucket.winner.measured]
-    how = (
-        "All points are predicted"
-        if not measured
-        else "The main bucket is measured, the others are predicted"
-    )
     return (
-        f"{text} {how}; to pay, overlap must be predicted more than {100 * PREDICTED_MARGIN:g} % "
-        "faster."
+        f"{text} {_how_known(book.buckets[0])}; to pay, overlap must be predicted more than "
+        f"{100 * PREDICTED_MARGIN:g} % faster."
+    )
+
+
+def _how_known(main: Bucket) -> str:
+    """What is measured, and by how much the prediction missed there."""
+    if not main.winner.measured:
+        return "All points are predicted"
+    overlapped, sequential = main.best_overlapped, main.sequential
+    text = "The workload's own batch is measured, the others are predicted"
+    if overlapped.measured is None or sequential.measured is None:
+        return text
+    measured = sequential.measured.period_us / overlapped.measured.period_us
+    predicted = sequential.predicted.period_us / overlapped.predicted.period_us
+    if abs(predicted / measured - 1) <= PREDICTED_MARGIN:
+        return text
+    return (
+        f"{text} and may be as far off: overlap measured {measured:.3f}x there, {predicted:.3f}x "
+        "was predicted"
     )
 
 
@@ -118,7 +130,7 @@ def book_section(values: Mapping[str, Any] | None, table: Table) -> str:
         )
         for (mix, context), points in series.items()
     ]
-    heads = ("mix, KV length", *map(str, sizes), "overlap pays from")
+    heads = ("mix, KV length", *map(str, sizes), "pays from")
     note = (
         "Best sequential time / best overlapped time by the size of the dense batch, in tokens. "
         "A star: the overlapped plan wins. A dash: not searched, as its KV cache does not fit."
@@ -138,7 +150,9 @@ def _cell(point: Mapping[str, Any] | None) -> str:
 def _from(found: Mapping[str, Any]) -> str:
     if found["tokens"] is not None:
         return str(found["tokens"])
-    return f"only at {', '.join(map(str, found['wins_at']))}" if found["wins_at"] else "never"
+    if len(found["wins_at"]) > MOST_LISTED:
+        return f"at {len(found['wins_at'])} sizes"
+    return f"{', '.join(map(str, found['wins_at']))} only" if found["wins_at"] else "never"
 
 
 def _regret_text(regret: Mapping[str, Any] | None) -> str:

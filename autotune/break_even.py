@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 
 from ..runtime.plan import BreakEven, Bucket
 
+MOST_LISTED = 3
+"""More sizes than this are counted, not named."""
+
 
 def find_break_even(series: Sequence[Bucket], step: int, pays: Callable[[int], bool]) -> BreakEven:
     """The break-even of buckets that differ in their size alone.
@@ -57,9 +60,13 @@ def sentence(found: BreakEven) -> str:
     """In words, without saying how it is known."""
     where = f"{found.mix.replace('_', ' ')} batches at {found.decode_context_tokens:.0f} keys"
     if found.tokens is None and found.wins_at:
+        sizes = f"at {', '.join(map(str, found.wins_at))} tokens"
+        if len(found.wins_at) > MOST_LISTED:
+            first, last = found.wins_at[0], found.wins_at[-1]
+            sizes = f"at {len(found.wins_at)} of the sizes from {first} to {last} tokens"
         return (
-            f"overlap pays for {where} at {', '.join(map(str, found.wins_at))} tokens, but not at "
-            f"the largest size looked at, {found.largest_tokens}"
+            f"overlap pays for {where} {sizes}, but not at the largest size looked at, "
+            f"{found.largest_tokens}"
         )
     if found.tokens is None:
         return (
@@ -71,6 +78,8 @@ def sentence(found: BreakEven) -> str:
             f"overlap pays for {where} at every size looked at, {found.smallest_tokens} to "
             f"{found.largest_tokens} tokens"
         )
+    if found.tokens == found.largest_tokens:
+        return f"overlap pays for {where} at {found.tokens} tokens, the largest size looked at"
     return (
         f"overlap pays for {where} from {found.tokens} tokens up (looked at up to "
         f"{found.largest_tokens})"

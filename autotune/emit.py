@@ -190,7 +190,7 @@ def _levels(report: Report) -> dict[str, float]:
     space = report.certificate.get("space", {})
     levels = {
         "best sequential": report.bucket.sequential.best_known.period_us,
-        "power limit (estimate)": report.bucket.power_limit_us,
+        "power limit (an estimate)": report.bucket.power_limit_us,
         "bound of the space": float(space.get("bound_us", 0.0)),
     }
     return {name: us for name, us in levels.items() if us > 0}

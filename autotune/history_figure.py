@@ -23,6 +23,7 @@ _STAGES = (
     ("refined (Optuna)", "#0072B2", "o"),
 )
 """Name, colour and mark of each kind of schedule, in the order of the legend."""
+_BEST = "best trial"
 _MOST_OF_BEST = 1.6
 """Slower schedules are drawn at the upper edge."""
 
@@ -101,13 +102,13 @@ def history_png(
 def _draw_levels(axes: Axes, levels: Mapping[str, float], best_ms: float, span: float) -> None:
     """A dashed line for each level, its name at the right; names keep their distance."""
     height, step = float("-inf"), 0.085 * span
-    named = sorted((*levels.items(), ("best found", best_ms)), key=lambda held: held[1])
+    named = sorted((*levels.items(), (_BEST, best_ms)), key=lambda held: held[1])
     for name, ms in named:
         height = max(ms, height + step)
-        colour = INK if name == "best found" else MUTED
-        if name != "best found":
+        colour = INK if name == _BEST else MUTED
+        if name != _BEST:
             axes.axhline(ms, color=colour, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
-        gap = f" ({100 * (ms / best_ms - 1):+.1f} %)" if name != "best found" else ""
+        gap = f" ({100 * (ms / best_ms - 1):+.1f} %)" if name != _BEST else ""
         axes.annotate(
             f"{name}: {ms:.2f} ms{gap}",
             (1.0, ms),

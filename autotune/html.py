@@ -14,7 +14,14 @@ from typing import Any
 from .book_page import book_section
 from .document import lanes, speedup
 from .page_template import PAGE
-from .report_sections import audit_section, energy_section, error_section, steps_section
+from .report_sections import (
+    audit_section,
+    energy_section,
+    error_section,
+    sensitivity_section,
+    steps_section,
+    what_ifs_section,
+)
 
 Cell = str | int | float | None
 
@@ -28,12 +35,12 @@ def render(values: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     """
     parts = [
         _header(values),
-        _figure("Timeline", images.get("timeline"), _TIMELINE_CAPTION),
+        _figure("Timeline", images.get("timeline"), _timeline_caption(values)),
         _race(values),
         steps_section(values, _table),
         _bounds(values),
-        _what_ifs(values.get("what_ifs", ())),
-        _sensitivity(values.get("sensitivity")),
+        what_ifs_section(values, _table),
+        sensitivity_section(values, _table),
         book_section(values.get("book"), _table),
         _ops(values),
         error_section(values, _table),
@@ -41,7 +48,7 @@ def render(values: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         _figure("Roofline", images.get("roofline"), _ROOFLINE_CAPTION),
         _figure("Two kernels side by side", images.get("pairs"), _PAIRS_CAPTION),
         energy_section(values, _table),
-        _figure("Search history", images.get("history"), _HISTORY_CAPTION),
+        _figure("Search history", images.get("history"), _history_caption(values)),
         audit_section(values, _table),
         _verification(values),
         _provenance(values),
@@ -53,6 +60,10 @@ def render(values: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
 _TIMELINE_CAPTION = (
     "Two layers in steady state. Each row is a lane: its nano-ops run one after the other, lanes "
     "run side by side on disjoint SMs. Below: SMs held at each moment."
+)
+_EVENTS_CAPTION = (
+    " As it ran: eager runs with CUDA events around every nano-op, so those tracks are longer than "
+    "the iteration in their title, which is a CUDA graph without events."
 )
 _CURVES_CAPTION = (
     "Lines: the whole dense batch with the best kernel at each share. Marks: nano-ops as planned, "
@@ -67,10 +78,24 @@ _HISTORY_CAPTION = (
     "What lies between the best plan and the bound of the space is either not found or not "
     "possible: no plan of the declared space is predicted to take less than the bound."
 )
+_FINAL_CAPTION = (
+    " The finalists ran once more, longer and in turns: those times, not the shortest here, are in "
+    "the race."
+)
 _PAIRS_CAPTION = (
     "All measured pairs of the profile. What one of the two loses here is what overlap cannot give "
     "back; plans price each pair with it."
 )
+
+
+def _timeline_caption(values: Mapping[str, Any]) -> str:
+    rows = [row for table in values["ops"].values() for row in table]
+    has_run = any(row.get("measured_us") for row in rows)
+    return _TIMELINE_CAPTION + (_EVENTS_CAPTION if has_run else "")
+
+
+def _history_caption(values: Mapping[str, Any]) -> str:
+    return _HISTORY_CAPTION + (_FINAL_CAPTION if values["source"] == "measured" else "")
 
 
 def _header(values: Mapping[str, Any]) -> str:
@@ -80,14 +105,22 @@ def _header(values: Mapping[str, Any]) -> str:
     )
     badge, text = _badge(values)
     first, _, rest = values["verdict"].partition("; ")
+    rest = rest.removeprefix(f"{values['source']}.").strip()  # the badge says it
+    known = f"{rest[:1].upper()}{rest[1:]} {values['next_step']}".strip()
     return (
         f'<header><p class="job">{escape(job)}</p><h1>{escape(first)}.</h1>'
         f'<p><span class="badge accent">{escape(values["source"])}</span>'
         f'<span class="badge {badge}">{escape(text)}</span></p>'
-        f"<p>{escape(rest[:1].upper() + rest[1:])} {escape(values['next_step'])}</p>"
+        f"<p>{_with_code(known)}</p>"
         f"{_reasons(values['reasons'])}</header>"
         f"{_numbers(values)}"
     )
+
+
+def _with_code(text: str) -> str:
+    """Escaped; what stands between backticks is code."""
+    parts = escape(text).split("`")
+    return "".join(f"<code>{part}</code>" if at % 2 else part for at, part in enumerate(parts))
 
 
 def _badge(values: Mapping[str, Any]) -> tuple[str, str]:
@@ -166,13 +199,19 @@ def _bounds(values: Mapping[str, Any]) -> str:
     ]
     if values["power_limit_us"]:
         error = f"within {100 * values['power_limit_error']:.0f} %"
-        bounds.append((f"power limit: joules at the cap, {error}", values["power_limit_us"]))
+        name = f"power limit, an estimate: the profile's joules at the cap, {error}"
+        bounds.append((name, values["power_limit_us"]))
     space = values["certificate"].get("space")
     if space:
         name = "bound of the declared space: no plan in it is predicted to take less"
         bounds.append((name, space["bound_us"]))
     rows = [(name, f"{us / 1e3:.3f}", f"{100 * us / period_us:.1f} %") for name, us in bounds]
     text = f"{values['bound'].capitalize()} binds. {_certificate(values['certificate'])}"
+    if values["source"] == "measured" and period_us < (values["power_limit_us"] or 0.0):
+        text = (
+            "The winner measured faster than the power limit, which prices kernels by their joules "
+            f"in the profile and is no bound; only the first row is one. {text}"
+        )
     reference = values["optimal_reference"]
     peak = (
         f"100 % of optimal is 2 FLOP for each parameter and token at "
@@ -180,46 +219,6 @@ def _bounds(values: Mapping[str, Any]) -> str:
     )
     table = _table(("bound", "ms", "of the plan's time"), rows)
     return f'<h2>What binds</h2>{table}<p>{escape(text)}</p><p class="muted">{escape(peak)}</p>'
-
-
-def _what_ifs(changes: Sequence[Mapping[str, Any]]) -> str:
-    """Empty without a power model, and for reports written before this was in them."""
-    if not changes:
-        return ""
-    rows = [
-        (
-            row["change"],
-            f"{row['period_us'] / 1e3:.3f}",
-            f"{100 * row['gain']:+.1f} %",
-            f"{row['sm_clock_mhz']}",
-        )
-        for row in changes
-    ]
-    table = _table(("the winner with", "predicted ms", "gain", "MHz"), rows)
-    return f"<h3>What would lift it</h3>{table}"
-
-
-def _sensitivity(moved: Mapping[str, Any] | None) -> str:
-    """Empty without a profile, and for reports written before this was in them."""
-    if moved is None:
-        return ""
-    heads = ("plan", "predicted ms", "p10", "median", "p90")
-    rows = [
-        (
-            f"{row['name'].replace('_', ' ')} ({row['role']})",
-            f"{row['period_us'] / 1e3:.3f}",
-            *(f"{100 * row[key]:+.2f} %" for key in ("p10", "p50", "p90")),
-        )
-        for row in moved["movements"]
-    ]
-    trials = moved["trials"]
-    text = (
-        f"With each time of the profile off by up to {100 * moved['noise']:.0f} %, independently, "
-        f"and each slowdown beside another kernel likewise, the predicted choice "
-        f"({moved['choice'].replace('_', ' ')}) changes in {round(moved['flip_share'] * trials)} "
-        f"of {trials} trials."
-    )
-    return f"<h2>Sensitivity to the profile</h2>{_table(heads, rows)}<p>{escape(text)}</p>"
 
 
 def _ops(values: Mapping[str, Any]) -> str:
@@ -253,7 +252,7 @@ def _op_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 row["source"],
             ]
         )
-    return _table([*heads, "reaches", "source"], cells)
+    return _table([*heads, "reaches", "predicted from" if is_measured else "source"], cells)
 
 
 def _verification(values: Mapping[str, Any]) -> str:
@@ -306,9 +305,15 @@ def _provenance(values: Mapping[str, Any]) -> str:
     return f'<h2>Provenance</h2><div class="scroll"><table class="facts">{rows}</table></div>'
 
 
+_WIDE = 9
+"""Tables of more columns are set smaller."""
+
+
 def _table(
     heads: Iterable[str], rows: Iterable[Sequence[Cell]], winners: Sequence[bool] = ()
 ) -> str:
+    heads = list(heads)
+    size = ' class="wide"' if len(heads) > _WIDE else ""
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     lines: list[str] = []
     for place, row in enumerate(rows):
@@ -316,7 +321,7 @@ def _table(
         cells = "".join(f"<td>{escape(str(cell))}</td>" for cell in row)
         lines.append(f"<tr{mark}>{cells}</tr>")
     return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll"><table{size}><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
 

@@ -45,7 +45,10 @@ th, td { padding:.34rem .65rem; border-bottom:1px solid var(--line); text-align:
 th { color:var(--muted); font-weight:600; }
 th:first-child, td:first-child, .text { text-align:left; }
 tr.winner td { font-weight:650; background:var(--card); }
-@media (max-width:40rem) { th:first-child, td:first-child { white-space:normal; min-width:8rem; } }
+@media (max-width:40rem) { th:first-child, td:first-child { white-space:normal; min-width:8rem; }
+  .facts { font-size:.84rem; } .facts td:first-child { min-width:0; width:34%; padding-left:0;
+  overflow-wrap:anywhere; } .facts td { padding-right:0; } }
+table.wide { font-size:.84rem; } .wide th, .wide td { padding:.3rem .3rem; }
 .facts td:last-child { text-align:left; white-space:normal; overflow-wrap:anywhere; }
 .facts td:first-child { color:var(--muted); }
 .words th, .words td { text-align:left; white-space:normal; overflow-wrap:break-word; }

@@ -18,6 +18,8 @@ from .op_table import GemmPeak, OpRow
 from .sensitivity import Sensitivity
 from .what_if import WhatIf
 
+_AT_THE_CAP = 0.95
+"""A plan that draws this part of the power cap is held back by it."""
 _LIFTS = {
     "power": "at the power cap only joules per token count: fewer KV bytes, fewer passes over "
     "activations, or a card whose cap does not bind",
@@ -156,10 +158,40 @@ def next_step(report: Report) -> str:
     elif not report.is_measured:
         gpus = f"{report.plan.num_gpus} x {hardware.device_name}"
         first = f"Run the same command on {gpus} to measure it. "
+    elif bucket.winner.schedule.is_overlapped:
+        first = "`nanoflow-tune bench plan.yaml` serves it against its sequential schedules. "
     floor = f"No plan beats {_ms(bucket.lower_bound_us)} at the hardware's peaks"
-    if bucket.power_limit_us > 0:
+    if _is_below_power_limit(report):
+        floor += (
+            f"; the profile's joules allow {_power_limit(report)}, an estimate that the measured "
+            "winner beats"
+        )
+    elif bucket.power_limit_us > 0:
         floor += f", or {_power_limit(report)}"
-    return f"{first}{floor}. {bucket.bound.capitalize()} binds: {_LIFTS[bucket.bound]}."
+    binds = f"{bucket.bound.capitalize()} binds: {_LIFTS[bucket.bound]}."
+    return f"{first}{floor}. {binds}{_lower_clocks(report)}"
+
+
+def _is_below_power_limit(report: Report) -> bool:
+    """Whether the winner was measured faster than the energy model holds for possible."""
+    return report.is_measured and (
+        report.timing(report.bucket.winner).period_us < report.bucket.power_limit_us
+    )
+
+
+def _lower_clocks(report: Report) -> str:
+    """Why overlap wins where both plans draw all that the card may; empty elsewhere."""
+    won, base = report.timing(report.bucket.winner), report.timing(report.bucket.sequential)
+    is_capped = min(won.watts, base.watts) >= _AT_THE_CAP * report.hardware.power_cap_w
+    if not report.is_measured or report.is_sequential or not is_capped:
+        return ""
+    if won.sm_clock_mhz >= base.sm_clock_mhz or won.joules >= base.joules:
+        return ""
+    return (
+        f" Both plans draw the cap ({won.watts:.0f} and {base.watts:.0f} W); overlapped the SMs "
+        f"run at {won.sm_clock_mhz:.0f} MHz instead of {base.sm_clock_mhz:.0f}, and a token costs "
+        f"{1 - won.joules / base.joules:.0%} fewer joules."
+    )
 
 
 def caveats(report: Report) -> list[str]:
@@ -168,7 +200,10 @@ def caveats(report: Report) -> list[str]:
     carried = sum(row.source == "interpolated" for row in report.op_tables.get("winner", ()))
     if carried:
         total = len(report.op_tables["winner"])
-        found.append(f"{carried} of the winner's {total} nano-ops have interpolated times.")
+        what = "have interpolated times"
+        if report.is_measured:
+            what = "were predicted from interpolated times; the plan as a whole was measured"
+        found.append(f"{carried} of the winner's {total} nano-ops {what}.")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Sections of `report.html` from the document: energy, what each step brings, errors, audit."""
+"""Sections of `report.html` from the document: energy, steps, errors, audit, what changes it."""
 
 from __future__ import annotations
 
@@ -105,6 +105,11 @@ def error_section(values: Mapping[str, Any], table: Table) -> str:
         "events around every nano-op of eager runs on a hot card, medians over the runs, means "
         "over the layers. Events and launches add a microsecond or two to each nano-op."
     )
+    if values["prediction_error"] is not None:
+        note += (
+            f" A whole iteration is timed otherwise, as a CUDA graph kept up for seconds: the "
+            f"winner's prediction misses it by {100 * values['prediction_error']:+.1f} %."
+        )
     return f'<h2>Prediction error by op</h2>{"".join(parts)}<p class="muted">{escape(note)}</p>'
 
 
@@ -149,3 +154,62 @@ def audit_section(values: Mapping[str, Any], table: Table) -> str:
     heads = ("plan", "W a GPU", "SM MHz", "ms, p10 to p90", "source")
     words = "".join(f'<p class="muted">{escape(fact)}</p>' for fact in facts)
     return f"<h2>Audit: partitions, clocks, watts</h2>{table(heads, rows)}{words}"
+
+
+def what_ifs_section(values: Mapping[str, Any], table: Table) -> str:
+    """Empty without a power model, and for reports written before this was in them."""
+    changes, winner = values.get("what_ifs", ()), _winner(values)
+    if not changes or winner is None:
+        return ""
+    rows = [("nothing changed", f"{winner['predicted_us'] / 1e3:.3f}", "", "")]
+    rows += [
+        (
+            row["change"],
+            f"{row['period_us'] / 1e3:.3f}",
+            f"{100 * row['gain']:+.1f} %",
+            f"{row['sm_clock_mhz']}",
+        )
+        for row in changes
+    ]
+    shown = table(("the winner with", "predicted ms", "gain", "MHz"), rows)
+    note = ""
+    if values["source"] == "measured":
+        text = (
+            "Gains are against the prediction of the unchanged plan, not against its measured time."
+        )
+        note = f'<p class="muted">{escape(text)}</p>'
+    return f"<h3>What would lift it</h3>{shown}{note}"
+
+
+def _winner(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Its row of the race."""
+    return next((row for row in values["race"] if row["is_winner"]), None)
+
+
+def sensitivity_section(values: Mapping[str, Any], table: Table) -> str:
+    """Empty without a profile, and for reports written before this was in them."""
+    moved, winner = values.get("sensitivity"), _winner(values)
+    if moved is None:
+        return ""
+    heads = ("plan", "predicted ms", "p10", "median", "p90")
+    rows = [
+        (
+            f"{row['name'].replace('_', ' ')} ({row['role']})",
+            f"{row['period_us'] / 1e3:.3f}",
+            *(f"{100 * row[key]:+.2f} %" for key in ("p10", "p50", "p90")),
+        )
+        for row in moved["movements"]
+    ]
+    trials = moved["trials"]
+    text = (
+        f"With each time of the profile off by up to {100 * moved['noise']:.0f} %, independently, "
+        f"and each slowdown beside another kernel likewise, the predicted choice "
+        f"({moved['choice'].replace('_', ' ')}) changes in {round(moved['flip_share'] * trials)} "
+        f"of {trials} trials."
+    )
+    if values["source"] == "measured" and winner and winner["name"] != moved["choice"]:
+        text += (
+            f" Measured, {winner['name'].replace('_', ' ')} wins: predictions miss by more than "
+            "this noise, so trust the race above."
+        )
+    return f"<h2>Sensitivity to the profile</h2>{table(heads, rows)}<p>{escape(text)}</p>"

@@ -23,7 +23,7 @@ from nanoflow_tune.autotune.resize import resized
 from nanoflow_tune.autotune.simulator import SYNC_US
 from nanoflow_tune.runtime.legality import check
 from nanoflow_tune.runtime.op_graph import RowMix
-from nanoflow_tune.runtime.plan import Plan
+from nanoflow_tune.runtime.plan import BreakEven, Plan
 from nanoflow_tune.runtime.plan_io import dump_plan, load_plan
 from nanoflow_tune.runtime.schedule import IllegalScheduleError
 from nanoflow_tune.search_spaces.schema import WorkloadSpec
@@ -129,6 +129,40 @@ def test_overlap_that_never_or_always_pays_is_said_to():
     always = build_book(plan_of(search_of(5.0), 512), search_of(5.0), TRAFFIC, GRID, seed=0)
     assert always.break_even[0].tokens == 256
     assert "at every size looked at" in sentence(always.break_even[0])
+
+
+def test_sizes_where_overlap_pays_are_named_while_they_are_few():
+    few = BreakEven(
+        mix="steady",
+        decode_context_tokens=768.0,
+        smallest_tokens=128,
+        largest_tokens=4096,
+        tokens=None,
+        wins_at=(128, 256),
+    )
+    assert "at 128, 256 tokens, but not at the largest size looked at, 4096" in sentence(few)
+    many = replace(few, wins_at=(128, 256, 512, 1024))
+    assert "at 4 of the sizes from 128 to 1024 tokens, but not" in sentence(many)
+    last = replace(few, tokens=4096, wins_at=(4096,))
+    assert sentence(last).endswith("at 4096 tokens, the largest size looked at")
+
+
+@pytest.mark.parametrize(("gain", "is_said"), [(1.1, True), (1.0, False)])
+def test_a_book_says_where_the_measured_batch_was_predicted_otherwise(gain, is_said):
+    search = search_of(90.0)
+    book = build_book(plan_of(search, 512), search, TRAFFIC, GRID, seed=0)
+    main = book.buckets[0]
+
+    def measured(candidate, factor):
+        timing = replace(candidate.predicted, source="measured")
+        return replace(candidate, measured=replace(timing, period_us=timing.period_us / factor))
+
+    sequential, overlapped = measured(main.sequential, 1.0), measured(main.best_overlapped, gain)
+    main = replace(main, sequential=sequential, best_overlapped=overlapped, winner=sequential)
+    text = book_values(replace(book, buckets=(main, *book.buckets[1:])))["sentence"]
+    assert "own batch is measured, the others are predicted" in text
+    ratio = sequential.predicted.period_us / overlapped.predicted.period_us
+    assert (f"{ratio * gain:.3f}x there, {ratio:.3f}x was predicted" in text) == is_said
 
 
 def test_a_win_that_does_not_last_to_the_largest_size_is_no_break_even():

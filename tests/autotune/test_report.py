@@ -238,3 +238,44 @@ def test_page_says_how_often_noise_changes_the_choice(predicted):
     assert "<td>-1.00 %</td><td>+0.00 %</td><td>+1.20 %</td>" in page
     del values["sensitivity"]  # a report from before it was there
     assert "Sensitivity" not in render(values, {})
+
+
+def faster_overlapped(graph):
+    """Overlap wins, measured, below the power limit of 62 ms, at lower clocks."""
+    sequential = fakes.candidate(fakes.sequential(graph), 66_000.0, 65_000.0)
+    overlapped = fakes.candidate(fakes.overlapped(graph), 66_500.0, 60_000.0)
+    timing = replace(overlapped.measured, sm_clock_mhz=1380.0, joules=27.9)
+    return make_report(sequential, replace(overlapped, measured=timing), "overlapped")
+
+
+def test_a_measured_winner_below_the_power_limit_makes_that_an_estimate(graph):
+    values = document(faster_overlapped(graph))
+    assert "62.000 ms at 700 W, an estimate that the measured winner beats" in values["next_step"]
+    assert "or about" not in values["next_step"]
+    assert "only the first row is one" in render(values, {})
+    slower = faster_overlapped(graph)
+    bucket = replace(slower.bucket, power_limit_us=50_000.0)
+    values = document(replace(slower, plan=replace(slower.plan, buckets=(bucket,))))
+    assert "or about 50.000 ms at 700 W" in values["next_step"]
+    assert "only the first row is one" not in render(values, {})
+
+
+def test_a_winner_at_the_cap_says_what_it_saves(graph, measured):
+    text = document(faster_overlapped(graph))["next_step"]
+    assert "1380 MHz instead of 1515, and a token costs 10% fewer joules" in text
+    assert text.startswith("`nanoflow-tune bench plan.yaml`")
+    assert "fewer joules" not in document(measured)["next_step"]  # sequential won
+
+
+def test_the_page_sets_commands_as_code_and_says_measured_once(graph):
+    page = render(document(faster_overlapped(graph)), {})
+    assert "<p><code>nanoflow-tune bench plan.yaml</code> serves it" in page
+
+
+def test_a_measured_winner_that_noise_does_not_explain_is_said(graph):
+    movement = Movement(role="winner", name="overlapped", period_us=6e4, p10=0.0, p50=0.0, p90=0.0)
+    found = Sensitivity(
+        noise=0.05, trials=20, seed=0, movements=(movement,), choice="sequential", flip_share=0.0
+    )
+    page = render(document(replace(faster_overlapped(graph), sensitivity=found)), {})
+    assert "Measured, overlapped wins: predictions miss by more than this noise" in page

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from nanoflow_tune.profiler import profile_run, rank_jobs
 from nanoflow_tune.profiler.profile import PairRow, TripleRow
@@ -170,6 +172,29 @@ def test_so_does_one_that_takes_it_while_compiling(measured, tmp_path, monkeypat
         profile_run.run(CTX, order(tmp_path))
     (row,) = read_rows(tmp_path / "llama3-8b-tp1.csv")[1]
     assert (row.point.shape, row.error) == ("n28672_k4096", "took the CUDA context with it")
+
+
+def test_a_terminal_shows_stages_and_time_left_and_fewer_lines(measured, tmp_path, monkeypatch):
+    monkeypatch.delenv("NANOFLOW_NO_BARS", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(profile_run, "stderr_console", lambda: screen)
+    profile_run.run(CTX, order(tmp_path, ("llama3-8b",)))
+    text = screen.file.getvalue()
+    assert "profile   curves" in text
+    assert "profile   co-runs" in text
+    assert "at most 1000:00 left" in text
+    assert "every curve is known" in text
+    assert "more points are worth it" not in text
+
+
+def test_lines_where_there_is_no_terminal(measured, tmp_path, monkeypatch):
+    lines = Console(file=io.StringIO(), force_terminal=False, width=120)
+    monkeypatch.setattr(profile_run, "stderr_console", lambda: lines)
+    profile_run.run(CTX, order(tmp_path, ("llama3-8b",)))
+    text = lines.file.getvalue()
+    assert "more points are worth it" in text
+    assert "left" not in text
 
 
 def test_a_run_needs_a_job_and_time(tmp_path):
