@@ -42,6 +42,8 @@ HOTTEST = 0.001
 """By how much of the period a change may lengthen it at first, on average."""
 STARTS = 8
 """Best starts that are climbed from."""
+SIDES = 1, 2, 3
+"""Eighths of the SMs that attention has in the first round robins."""
 ALL_TRIALS = 60
 """Simulator trials of a space below which evaluations fall with their square."""
 FEW_MACROS = 6
@@ -142,11 +144,15 @@ class Climb:
         periods = [period for period in found if period is not None]
         count, whole = len(self.macros), self.cost_model.hardware.num_sms
         links = self.shares[2] if self.graph.tp_degree > 1 else [0]
+        parts = [s for s in self.shares[1] if s < whole]
+        sides = [min(parts, key=lambda s: abs(8 * s - k * whole)) for k in SIDES]
         for row_order, form, lag in product(self.space.row_orders, self.graph.forms, (0, 1)):
             split = Split(sizes=sizes, row_order=row_order)
             order = [b * count + m for m, b, _ in round_robin(self.graph, num_batches, lag)]
             lanes = self.cut(split).lane
-            for side, link in product((16, 32, 48, whole), {links[0], links[len(links) // 2]}):
+            for side, link in product(
+                sorted({*sides, whole}), sorted({links[0], links[len(links) // 2]})
+            ):
                 compute = whole - (max(side, link) if side < whole else link)
                 share = compute if compute in self.shares[0] else whole, side, link
                 periods.append(

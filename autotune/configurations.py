@@ -89,6 +89,8 @@ class Configurations:
             here: list[Call] = []
             for name in self.cost_model.variants(op, share):
                 us = self.cost_model.estimate(op, rows, share, name).us
+                if us <= 0:  # the paper's model has ops that take no time: nothing to bound
+                    return []
                 stretch = joules = 0.0
                 if self.power is not None:
                     load = self.power.load(op, rows, share, name, us)
