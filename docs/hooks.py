@@ -13,7 +13,7 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
-FIGURES = {"figures/timeline.png": "results/reports/llama2-70b-h200-tp2/timeline.png"}
+FIGURES = {"figures/timeline.png": "results/reports/llama3-8b-h200-tp1/timeline.png"}
 _SECTION = re.compile(r"<!-- README: (.+?) -->")
 
 
