@@ -383,7 +383,8 @@ def _say_interrupted(options: argparse.Namespace) -> None:
         )
     else:
         text = "nothing was changed; run the same command again"
-    print(f"nanoflow-tune: interrupted: {text}", file=sys.stderr)
+    start = "\n" if sys.stderr.isatty() else ""  # a bar that a rank drew may stand there
+    print(f"{start}nanoflow-tune: interrupted: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -35,11 +35,11 @@ class Stage(Enum):
 
 ON_GPU = (Stage.RACE, Stage.GPU_TRIALS, Stage.FINALISTS)
 _USUAL_S = {
-    Stage.BASELINES: 2.0,
+    Stage.BASELINES: 3.0,
     Stage.STRUCTURE: 2.0,
-    Stage.LOCAL: 6.0,
-    Stage.BOUND: 12.0,
-    Stage.TRIALS: 8.0,
+    Stage.LOCAL: 12.0,
+    Stage.BOUND: 16.0,
+    Stage.TRIALS: 12.0,
     Stage.RACE: 30.0,
     Stage.GPU_TRIALS: 30.0,
     Stage.FINALISTS: 15.0,
@@ -137,10 +137,20 @@ class SearchClock:
 
     def _expected_s(self, stage: Stage) -> float:
         """The usual time at this machine's pace."""
-        alike = [s for s in self.took_s if (s in ON_GPU) == (stage in ON_GPU) and s in self.usual_s]
+        alike = {s: took_s for s, took_s in self.took_s.items() if s in self.usual_s}
+        pace = self._pace(stage, alike)
+        if stage is not self.stage and self.stage in self.usual_s:
+            in_stage_s = self.now() - self.entered_s
+            if in_stage_s > self.usual_s[self.stage] * self._pace(self.stage, alike):
+                pace = self._pace(stage, {**alike, self.stage: in_stage_s})  # it overruns
+        return self.usual_s.get(stage, 0.0) * pace
+
+    def _pace(self, stage: Stage, took_s: dict[Stage, float]) -> float:
+        """How many times as long as usual these stages took, of those where the given one runs."""
+        alike = [s for s in took_s if (s in ON_GPU) == (stage in ON_GPU)]
         usual = sum(self.usual_s[s] for s in alike)
-        pace = sum(self.took_s[s] for s in alike) / usual if usual > 0 else 1.0
-        return self.usual_s.get(stage, 0.0) * min(_MOST_PACE, max(_LEAST_PACE, pace))
+        pace = sum(took_s[s] for s in alike) / usual if usual > 0 else 1.0
+        return min(_MOST_PACE, max(_LEAST_PACE, pace))
 
 
 @contextmanager

@@ -44,6 +44,16 @@ def test_finished_stages_set_the_pace_of_their_kind():
     assert told.left_s == 3 * (4.0 + 10.0) + 30.0  # the GPU's pace is not known yet
 
 
+def test_a_stage_that_overruns_slows_the_later_ones():
+    now, told = search_clock()
+    now.now_s = 2.0  # as usual
+    told.tell(Stage.STRUCTURE)
+    now.now_s = 6.0
+    assert told.left_s == 10.0 + 30.0
+    now.now_s = 12.0  # 12 s for what usually takes 6 s
+    assert told.left_s == 2 * 10.0 + 30.0
+
+
 def test_trials_set_their_own_pace():
     now, told = search_clock()
     told.tell(Stage.TRIALS)
