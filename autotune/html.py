@@ -344,4 +344,4 @@ def _millijoules(row: Mapping[str, Any]) -> str:
 
 
 def _ms(us: float) -> str:
-    return f"{us / 1e3:.2f} ms"
+    return f"{us / 1e3:.2f} ms" if us < 1e5 else f"{us / 1e3:.1f} ms"
