@@ -13,12 +13,12 @@ Variants that take no SMs run on a share of 0, and only they do; all others need
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import cast
 
-from ..profiler.profile import EnergyModel, Profile, Row, Source
+from ..profiler.profile import EnergyModel, PairRow, Point, Profile, Row, Source
 from ..runtime.op_graph import Op, OpGraph, OpKind, RowMix
 from ..runtime.op_shapes import moved_bytes, op_of_shape
 from ..runtime.plan import SM_FREE_VARIANTS
@@ -27,6 +27,7 @@ from .copy_transport import as_sent, summing
 from .gather_rows import with_gather_rows
 from .interference import Interference, Place
 from .kernel_grid import KernelGrid
+from .pair_clocks import at_equal_clocks
 from .power_fit import fit_power
 from .power_model import FASTEST, Load, PowerModel, Price
 from .roofline import roofline_us, shape_distance
@@ -85,7 +86,7 @@ class CostModel:
         self._power: PowerModel | None = None
         self._op_of_shape = cache(op_of_shape)
         self._grids = self._build_grids()
-        self._interference = Interference(profile.pairs if profile else (), hardware)
+        self._interference: Interference | None = None
         self._estimates: dict[tuple[object, ...], Estimate] = {}
         self.variants = cache(self._variants)
         self.slowdown = cache(self._slowdown)
@@ -310,9 +311,32 @@ class CostModel:
         variant_a: str = "",
         variant_b: str = "",
     ) -> float:
-        """Time of A beside B / time of A alone on the same SMs; see `interference.py`."""
+        """Time of A beside B / time of A alone on the same SMs, at one clock.
+
+        See `interference.py` and `pair_clocks.py`.
+        """
         one, beside = Place(op_a, num_sms_a, variant_a), Place(op_b, num_sms_b, variant_b)
+        if self._interference is None:
+            self._interference = Interference(self._pairs(), self.hardware)
         return self._interference.slowdown(one, beside)
+
+    def _pairs(self) -> Sequence[PairRow]:
+        """The measured pairs at one clock; as measured without a power model."""
+        pairs = self.profile.pairs if self.profile else ()
+        power = self.power
+        if power is None:
+            return pairs
+
+        def load_of(point: Point) -> Load | None:
+            kind = cast(OpKind, point.kind)
+            op = self._op_of_shape(kind, point.shape, DTYPE_BYTES[cast(Dtype, self.dtype)])
+            mix = mix_of_rows(kind, point.tokens, point.kv_len)
+            cost = self.estimate(op, mix, point.num_sms, point.variant)
+            if cost.source == "roofline":
+                return None
+            return power.load(op, mix, point.num_sms, point.variant, cost.us)
+
+        return at_equal_clocks(pairs, load_of, power)
 
 
 def _no_variant(op: Op) -> str:

@@ -21,7 +21,6 @@ from .roofline import memory_share
 
 OTHER_KERNEL = 10.0
 """Distance between two variants of a memory-bound op: more than between any two shares."""
-LEAST_SLOWDOWN = 1e-3
 
 
 class Place(NamedTuple):
@@ -51,7 +50,7 @@ class Interference:
         self._pairs = _index(pairs)
 
     def slowdown(self, one: Place, beside: Place) -> float:
-        """Time of a kernel beside another one / time alone on the same SMs.
+        """Time of a kernel beside another one / time alone on the same SMs; never below 1.
 
         The measured pair of these kinds with the nearest shares, else of these resources, else
         what sharing the memory bandwidth costs when both are bound by it. A transport on a share
@@ -70,7 +69,7 @@ class Interference:
         distances = [(_distance(pair, one, beside), pair.slowdown) for pair in measured]
         nearest = min(distance for distance, _ in distances)
         close = [slowdown for distance, slowdown in distances if distance <= nearest + 1e-9]
-        return sum(close) / len(close)
+        return max(1.0, sum(close) / len(close))
 
     def _like(self, kinds: tuple[str, str], places: tuple[int, int]) -> list[_Measured]:
         """Measured pairs of two kinds or resources, with SMs and without them where asked so."""
@@ -106,7 +105,7 @@ def _index(pairs: Iterable[PairRow]) -> dict[tuple[str, str], tuple[_Measured, .
             beside_sms=b.num_sms,
             variant=a.variant,
             beside_variant=b.variant,
-            slowdown=max(slowdown, LEAST_SLOWDOWN),
+            slowdown=slowdown,
         )
         kinds = cast(OpKind, a.kind), cast(OpKind, b.kind)
         found[kinds].append(entry)

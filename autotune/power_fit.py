@@ -1,8 +1,10 @@
 """The power model's numbers, from the rows of a profile whose joules were read from the counter.
 
 log(measured / base joules) = e x log clock + factors of kind, variant and share + noise, by ridge
-regression: each number is drawn to what it would be without rows. Recorded clocks are single
-readings, so that rows where the clock was not read during the joules fit no slope.
+regression: each number is drawn to what it would be without rows. Of a GEMM's joules those of its
+bytes are taken off first, at the prior exponent; what a byte costs there is the most likely of some
+values. Recorded clocks are single readings, so that rows where the clock was not read during the
+joules fit no slope.
 """
 
 from __future__ import annotations
@@ -18,13 +20,24 @@ from numpy.typing import NDArray
 from ..profiler.energy import point_costs
 from ..profiler.profile import EnergyModel, Profile, Row
 from ..runtime.op_graph import GEMM_KINDS
-from .power_model import EXPONENT, FLOPS_PER_CLOCK, MAX_CLOCK_MHZ, PowerModel, family_of
+from .power_model import (
+    EXPONENT,
+    FLOPS_PER_CLOCK,
+    KEPT,
+    MAX_CLOCK_MHZ,
+    PowerModel,
+    family_of,
+    split_joules,
+)
 
 EXPONENT_SD = 0.2
 """How far the exponent may lie from its prior: clocks are read once, and are noisy."""
 KIND_SD, VARIANT_SD, SHARE_SD, NOISE_SD = 0.5, 0.1, 0.05, 0.08
 """How far factors lie from 1, and measured joules from the model; the last is what two runs of the
 same kernel differ by."""
+GEMM_BYTES, GEMM_BYTES_SD = tuple(n / 10 for n in range(3, 13)), 0.3
+"""Values tried for the joules of a byte that a GEMM moves, relative to the energy model's, and how
+far from 1 they may lie."""
 LEAST_BURST_CLOCK = 0.85
 """The x below which no burst is taken to have run: a slower GEMM wastes waves instead."""
 SAME_TIME = 1e-4
@@ -53,14 +66,16 @@ def fit_power(profile: Profile | None, energy: EnergyModel, cap_w: float) -> Pow
     """
     rows = _fitted_rows(profile) if profile else []
     max_clock = _max_clock_mhz(rows)
-    fit = _JoulesFit(rows, energy, max_clock)
+    gemm_bytes, fit = _best_fit(rows, energy, max_clock)
     exponent, effects = fit.solve(range(len(rows)))
     return PowerModel(
         base=energy,
         cap_w=cap_w,
+        kept=KEPT,
         max_clock_mhz=max_clock,
         exponent=exponent,
         flops_per_clock=_flops_per_clock(rows),
+        gemm_bytes=gemm_bytes,
         effects=effects,
     )
 
@@ -68,7 +83,16 @@ def fit_power(profile: Profile | None, energy: EnergyModel, cap_w: float) -> Pow
 def fit_error(profile: Profile, energy: EnergyModel) -> FitError:
     """How far the model is off at rows that it was not fitted to."""
     rows = _fitted_rows(profile)
-    return _JoulesFit(rows, energy, _max_clock_mhz(rows)).leave_one_out()
+    return _best_fit(rows, energy, _max_clock_mhz(rows))[1].leave_one_out()
+
+
+def _best_fit(
+    rows: Sequence[Row], energy: EnergyModel, max_clock_mhz: float
+) -> tuple[float, _JoulesFit]:
+    """The most likely joules of a GEMM's bytes, relative to the energy model's, and the fit."""
+    fits = {g: _JoulesFit(rows, energy, max_clock_mhz, g) for g in GEMM_BYTES}
+    best = min(fits, key=lambda g: (fits[g].misfit() + ((g - 1) / GEMM_BYTES_SD) ** 2, -g))
+    return best, fits[best]
 
 
 def _fitted_rows(profile: Profile) -> list[Row]:
@@ -122,13 +146,31 @@ def _burst_clock_of(row: Row, max_clock_mhz: float) -> float:
     return min(1.0, max(LEAST_BURST_CLOCK, needed))
 
 
+def _priced(
+    row: Row, energy: EnergyModel, max_clock_mhz: float, gemm_bytes: float
+) -> tuple[float, float, float]:
+    """Measured dynamic joules less those of a GEMM's bytes, what factors multiply, and the bytes'.
+
+    All but the second are at the row's clock.
+    """
+    point = row.point
+    base, beside = split_joules(energy, point.kind, *point_costs(point))
+    is_clock_known = _is_sustained(row) or point.kind not in GEMM_KINDS
+    clock = row.sm_clock_mhz / max_clock_mhz if is_clock_known else 0.0
+    beside *= gemm_bytes * (clock or _burst_clock_of(row, max_clock_mhz)) ** EXPONENT
+    return dynamic_joules(row, energy.static_w) - beside, base, beside
+
+
 class _JoulesFit:
     """Ridge regression of log(measured / base joules) on the clock and the factors."""
 
-    def __init__(self, rows: Sequence[Row], energy: EnergyModel, max_clock_mhz: float) -> None:
-        found = [(row, dynamic_joules(row, energy.static_w)) for row in rows]
-        priced = [(r, j, energy.dynamic_joules(*point_costs(r.point))) for r, j in found]
-        kept = [(row, log(joules / base)) for row, joules, base in priced if joules * base > 0]
+    def __init__(
+        self, rows: Sequence[Row], energy: EnergyModel, max_clock_mhz: float, gemm_bytes: float
+    ) -> None:
+        found = [(row, *_priced(row, energy, max_clock_mhz, gemm_bytes)) for row in rows]
+        kept = [(row, log(j / base)) for row, j, base, _ in found if j > 0 and base > 0]
+        self.beside_R = [beside / j for _, j, base, beside in found if j > 0 and base > 0]
+        """Joules of bytes that were taken off, as a part of the others."""
         self.keys = list(dict.fromkeys(key for row, _ in kept for key in _keys(row)))
         place = {key: 1 + index for index, key in enumerate(self.keys)}
         self.x_RP = np.zeros((len(kept), 1 + len(self.keys)))
@@ -160,6 +202,13 @@ class _JoulesFit:
         solved_P: NDArray[np.float64] = np.linalg.solve(left_PP, right_P).astype(np.float64)
         return self.prior_P + solved_P
 
+    def misfit(self) -> float:
+        """Twice the negative logarithm of how likely the measured joules and the factors are."""
+        beta_P = self._beta(range(len(self.y_R)))
+        off_R = (self.y_R - self.x_RP @ beta_P) / (1 + np.array(self.beside_R))
+        drawn = float(np.sum(self.ridge_P * (beta_P - self.prior_P) ** 2))
+        return (float(np.sum(off_R**2)) + drawn) / NOISE_SD**2
+
     def leave_one_out(self) -> FitError:
         """Each row told by the model of all others."""
         total = len(self.y_R)
@@ -167,7 +216,8 @@ class _JoulesFit:
         for left_out in range(total):
             beta_P = self._beta([index for index in range(total) if index != left_out])
             told = float(self.x_RP[left_out] @ beta_P)
-            errors.append(abs(exp(told - float(self.y_R[left_out])) - 1))
+            error = abs(exp(told - float(self.y_R[left_out])) - 1)
+            errors.append(error / (1 + self.beside_R[left_out]))
         return FitError(
             num_rows=total, median=median(errors or [0.0]), worst=max(errors, default=0.0)
         )

@@ -1,16 +1,19 @@
 """Joules, watts and clocks of kernels and plans; `power_fit.py` gives the numbers.
 
     dynamic joules of a call   D(x) = factor x (a x FLOPs + b x bytes + c x link bytes) x^e
+    of a GEMM                  D(x) = (factor x a x FLOPs + g x b x bytes) x^e
     time of a call             t(x) = burst time x max(1, how far clocks below the burst's slow it)
-    a plan under the cap       sum of D(x) <= (cap - static watts) x period(x)
+    a plan under the cap       sum of D(x) <= (kept x cap - static watts) x period(x)
 
 x is the SM clock as a part of the highest one, and one for a whole plan: power management takes
 longer than a kernel. At the largest x that keeps the cap a plan has its period, watts and clock.
 
 - a, b, c are the profile's `EnergyModel`. The factors (one for each kind, for each variant of a
-  kind, for each share of a variant) and the exponent e are fitted together to the logarithms of all
+  kind, for each share of a variant), g and the exponent e are fitted to the logarithms of all
   measured joules, as random effects: few rows move a factor little from 1, and e little from
-  `EXPONENT`. GEMMs with and without SiLU are one kind here.
+  `EXPONENT`. GEMMs with and without SiLU are one kind here. Their factors are those of the tensor
+  cores; the weights, which each nano-batch reads again, cost less a byte (g) than keys do, on
+  which attention computes.
 - Compute-bound kernels take 1 / x as long. The burst of dense ones (12 to 30 ms on a hot card) ran
   below the highest clock already: at the clock that their FLOP/s need at `flops_per_clock`, the
   median of the GEMMs kept up for longer; not below the clock that the cap allows them.
@@ -30,6 +33,8 @@ from .copy_transport import as_sent
 
 MAX_CLOCK_MHZ = 1980.0
 """Of a profile that tells no clocks: an H200's highest."""
+KEPT = 0.99
+"""Part of the cap that a card at it draws: 693 to 695 W of 700, medians of plans on H200."""
 EXPONENT = 0.77
 """How dynamic joules of one GEMM rose with the clock, measured on one H200 (132 and 64 SMs)."""
 FLOPS_PER_CLOCK = 3360.0
@@ -80,17 +85,21 @@ class PowerModel:
 
     base: EnergyModel
     cap_w: float
+    kept: float = 1.0
+    """Part of the cap that a card at it draws."""
     max_clock_mhz: float = MAX_CLOCK_MHZ
     exponent: float = EXPONENT
     flops_per_clock: float = FLOPS_PER_CLOCK
     """Of one SM in a GEMM."""
+    gemm_bytes: float = 1.0
+    """g: joules of a byte that a GEMM moves, over those of `base`."""
     effects: Mapping[tuple[str, ...], float] = field(default_factory=dict[tuple[str, ...], float])
     """Logarithms of the factors: (kind), (kind, variant), (kind, variant, share)."""
 
     @property
     def headroom_w(self) -> float:
-        """Watts left under the cap for dynamic joules."""
-        return max(1.0, self.cap_w - self.base.static_w)
+        """Watts left under what the card keeps of its cap, for dynamic joules."""
+        return max(1.0, self.kept * self.cap_w - self.base.static_w)
 
     def load(self, op: Op, mix: RowMix, num_sms: int, variant: str, us: float) -> Load:
         """What a nano-op that takes `us` alone in a burst asks of the card."""
@@ -98,8 +107,8 @@ class PowerModel:
             return Load(us=0.0, joules=0.0, stretch_from=0.0)
         op = as_sent(op, variant)
         moved = moved_bytes(op, mix, variant)
-        base = self.base.dynamic_joules(op.flops(mix), moved, op.link_bytes(mix))
-        joules = base * exp(self._effect(op.kind, variant, num_sms))
+        work, beside = split_joules(self.base, op.kind, op.flops(mix), moved, op.link_bytes(mix))
+        joules = work * exp(self._effect(op.kind, variant, num_sms)) + self.gemm_bytes * beside
         if RESOURCE_OF_KIND[op.kind] == "compute":
             x_burst = self._burst_clock(op.kind, op.flops(mix), num_sms, us, joules)
             return Load(us=us, joules=joules, stretch_from=x_burst)
@@ -203,6 +212,16 @@ def period_at(periods: Mapping[float, float], clock: float) -> float:
     low = known[known.index(high) - 1]
     weight = (1 / clock - 1 / high) / (1 / low - 1 / high)
     return (1 - weight) * periods[high] + weight * periods[low]
+
+
+def split_joules(
+    base: EnergyModel, kind: str, flops: float, memory_bytes: float, link_bytes: float
+) -> tuple[float, float]:
+    """Dynamic joules that a kind's factors are about, and those beside them: of a GEMM's bytes."""
+    if kind in GEMM_KINDS:
+        moved = base.dynamic_joules(0.0, memory_bytes, link_bytes)
+        return base.dynamic_joules(flops, 0.0), moved
+    return base.dynamic_joules(flops, memory_bytes, link_bytes), 0.0
 
 
 def family_of(kind: str) -> str:

@@ -1,4 +1,7 @@
-"""Power model: hand-computed working points, fits with known answers, measured layers."""
+"""Power model: hand-computed working points, fits with known answers.
+
+`tests/benchmarks/test_measured_plans.py` holds it to measured plans.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,6 @@ from nanoflow_tune.autotune.simulator import Simulator, predict
 from nanoflow_tune.profiler.energy import point_costs
 from nanoflow_tune.profiler.profile import EnergyModel, Point, Profile, Row
 from nanoflow_tune.profiler.store import shipped_profile
-from nanoflow_tune.runtime.op_graph import OpGraph
-from nanoflow_tune.runtime.plan import Schedule
-from nanoflow_tune.search_spaces.loader import load_model
 
 from .fakes import MIX, graph_of, h200, linear_profile
 
@@ -92,11 +92,18 @@ def test_period_between_clocks_is_exact_for_what_stretches():
 
 
 def measured_row(variant: str, clock_mhz: float, factor: float, num_sms: int = 132) -> Row:
+    """A GEMM whose FLOPs cost `factor` x `BASE` at 1980 MHz, in proportion to the clock."""
     point = Point(
         kind="gemm", shape="n4096_k4096", variant=variant, tokens=2048, kv_len=0, num_sms=num_sms
     )
-    seconds = 100e-6
-    dynamic = factor * BASE.dynamic_joules(*point_costs(point))
+    return with_joules(point, clock_mhz, factor)
+
+
+def with_joules(point: Point, clock_mhz: float, factor: float) -> Row:
+    seconds, clock = 100e-6, clock_mhz / 1980
+    flops, moved, _ = point_costs(point)
+    dynamic = factor * clock * BASE.dynamic_joules(flops, 0.0)
+    dynamic += clock**EXPONENT * BASE.dynamic_joules(0.0, moved)
     joules = dynamic + BASE.static_w * seconds
     return Row(
         point=point,
@@ -117,10 +124,8 @@ def test_fit_finds_exponent_and_factors_of_made_up_rows():
     for index in range(60):
         clock = 1200 + 13 * index
         for variant, factor in (("lean", 1.3), ("hungry", 1.43)):
-            point_factor = factor * (clock / 1980)
-            row = measured_row(variant, clock, point_factor)
-            rows.append(replace(row, point=replace(row.point, tokens=1024 + index)))
-    rows = [_with_joules(row) for row in rows]
+            point = replace(measured_row(variant, clock, factor).point, tokens=1024 + index)
+            rows.append(with_joules(point, clock, factor))
     power = fit_power(Profile(hardware="h200", dtype="bfloat16", rows=tuple(rows)), BASE, 700.0)
     top = max(row.sm_clock_mhz for row in rows)
     assert power.exponent == pytest.approx(1.0, abs=0.03)
@@ -131,13 +136,6 @@ def test_fit_finds_exponent_and_factors_of_made_up_rows():
         power.effects[key] for key in (("gemm",), ("gemm", "lean"), ("gemm", "lean", "132"))
     )
     assert exp(whole) == pytest.approx(1.3 * top / 1980, rel=0.02)
-
-
-def _with_joules(row: Row) -> Row:
-    """Joules again for the point's own rows."""
-    factor = {"lean": 1.3, "hungry": 1.43}[row.point.variant] * row.sm_clock_mhz / 1980
-    joules = factor * BASE.dynamic_joules(*point_costs(row.point)) + BASE.static_w * 100e-6
-    return replace(row, joules=joules, watts=joules / 100e-6)
 
 
 def test_without_measured_joules_the_energy_model_stands():
@@ -243,44 +241,17 @@ def test_joules_of_the_shipped_rows_are_told_within_a_tenth():
     assert error.worst < 1.2
 
 
-LAYER = {"sequential": 2127.9, "sequential_cublas": 2217.0, "nano_only": 2200.0}
-"""Measured on one H200, 2026-11-24: us a layer of llama3-8b, 1024 decodes at 768 keys and 1024
-prefill rows; the first at 696 W and 1608 MHz."""
-VARIANTS = {
-    "kqv": ("sm90", "cublas", "sm90"),
-    "o_proj": ("cublas", "cublas", "cublas"),
-    "up_gate": ("sm90_c2", "cublas", "sm90"),
-    "down": ("sm90_c2", "cublas", "cublas"),
-}
-"""As measured: kernels of each GEMM in the three schedules."""
-
-
-def layer_us(schedule: Schedule, costs: CostModel) -> tuple[float, float]:
-    """A layer as measured: a twelfth of 16 layers less 4, and the clock in MHz."""
-    timings = [
-        predict(schedule, OpGraph.build(model, 1), costs, MIX)
-        for count in (16, 4)
-        for model in [replace(load_model("llama3-8b"), num_hidden_layers=count, vocab_size=2048)]
-    ]
-    return (timings[0].period_us - timings[1].period_us) / 12, timings[0].sm_clock_mhz
-
-
-def test_measured_layers_are_told_within_five_percent():
-    costs = CostModel(shipped_profile("h200"), h200())
-    blind = CostModel(shipped_profile("h200"), h200())
-    blind.energy = None
-    for place, (name, measured_us) in enumerate(LAYER.items()):
-        build = nano_only if name == "nano_only" else sequential
-        schedule = build(GRAPH, blind, MIX)
-        nano_ops = tuple(
-            replace(n, variant=VARIANTS[n.op][place] if n.op in VARIANTS else n.variant)
-            for n in schedule.nano_ops
-        )
-        us, clock_mhz = layer_us(replace(schedule, nano_ops=nano_ops), costs)
-        assert us == pytest.approx(measured_us, rel=0.05), name
-        if name == "sequential":
-            assert us == pytest.approx(measured_us, rel=0.02)
-            assert clock_mhz == pytest.approx(1608, rel=0.06)
+def test_bytes_of_gemms_are_told_apart_from_their_flops():
+    """Rows of few and of many tokens, whose bytes cost half of the energy model's."""
+    rows: list[Row] = []
+    for tokens in (64, 128, 256, 512, 1024, 2048, 4096) * 6:
+        point = replace(measured_row("sm90", 1980.0, 1.2).point, tokens=tokens)
+        flops, moved, _ = point_costs(point)
+        dynamic = 1.2 * BASE.dynamic_joules(flops, 0.0) + 0.5 * BASE.dynamic_joules(0.0, moved)
+        joules = dynamic + BASE.static_w * 100e-6
+        rows.append(replace(with_joules(point, 1980.0, 1.2), joules=joules, watts=joules / 100e-6))
+    power = fit_power(Profile(hardware="h200", dtype="bfloat16", rows=tuple(rows)), BASE, 700.0)
+    assert power.gemm_bytes == pytest.approx(0.5, abs=0.1)
 
 
 def test_the_power_limit_is_below_every_prediction_and_near_the_sequential_one():
