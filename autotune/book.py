@@ -106,7 +106,8 @@ def make_bucket(
     """A bucket of a point's search, with its bounds."""
     graph, costs = search.graph, search.cost_model
     lower = lower_bound_us(graph, rows, costs.hardware, costs.dtype)
-    power_us = power_limit_of(graph, rows, costs)
+    clock_mhz = result.winner.best_known.sm_clock_mhz
+    power_us = power_limit_of(graph, rows, costs, clock_mhz)
     return Bucket(
         dense_batch_tokens=round(rows.tokens),
         decode_tokens=round(rows.decode_tokens),

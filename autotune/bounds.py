@@ -100,18 +100,29 @@ def power_limit_us(
     return 1e6 * joules / headroom_w
 
 
-def power_limit_of(graph: OpGraph, mix: RowMix, cost_model: CostModel) -> float:
+def power_limit_of(
+    graph: OpGraph, mix: RowMix, cost_model: CostModel, clock_mhz: float = 0.0
+) -> float:
     """What the cap allows an iteration of the kernels at hand, in us.
 
-    Each op on the share and in the variant of the fewest dynamic joules, at the clock that the
-    batch settles at in sequence, in the form that needs fewer. That of FLOPs and bytes
-    (`power_limit_us`) where nothing was measured; 0 without an energy model.
+    Each op on the share and in the variant of the fewest dynamic joules, in the form that needs
+    fewer. That of FLOPs and bytes (`power_limit_us`) where nothing was measured; 0 without an
+    energy model.
+
+    Args:
+        graph: of one rank.
+        mix: rows of the dense batch.
+        cost_model: of the kernels.
+        clock_mhz: of the plan that the limit is for, measured or predicted: joules fall with it.
+            0: the one that the batch settles at in sequence.
     """
     power = cost_model.power
     floor_us = power_limit_us(graph, mix, cost_model.hardware, cost_model.energy)
     if power is None or cost_model.profile is None:
         return floor_us
     clock = cost_model.price(graph, mix).clock
+    if clock_mhz > 0:
+        clock = min(1.0, clock_mhz / power.max_clock_mhz)
 
     def least_joules(op: Op, rows: RowMix) -> float:
         return min(

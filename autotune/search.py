@@ -364,7 +364,6 @@ def search(
     bound = bound.against(run.best_us)
     race = distinct(run.tried)
     lower = lower_bound_us(graph, mix, hardware, cost_model.dtype)
-    power_us = power_limit_of(graph, mix, cost_model)
     base = next(c for c in race if c.schedule.name == "sequential")
     others = sorted((c for c in race if c is not base), key=lambda c: c.best_known.period_us)
     run.tell(
@@ -372,6 +371,7 @@ def search(
         f"{100 * bound.gap:.1f} % below the best prediction; {bound.binds}"
     )
     winner, overlapped = pick_winner(base, others), best_overlapped(others, graph)
+    power_us = power_limit_of(graph, mix, cost_model, winner.best_known.sm_clock_mhz)
     if graph.alternatives:
         run.tell(
             f"attention's output: the winner joins it by {forms_in_words(winner.schedule, graph)}, "

@@ -28,6 +28,7 @@ from .book import Book, build_book
 from .book_grid import FULL, QUICK, Traffic
 from .book_store import FILE as POINTS
 from .book_store import BookStore, kept_points
+from .bounds import power_limit_of
 from .cost_model import CostModel
 from .emit import draw, play, play_measured, shown, write
 from .gpu_stage import GpuStage
@@ -210,7 +211,10 @@ def _search(
     if job.stage is None:
         return result
     with clock(console, "longer turns of the finalists"):
-        return _settled(result, job.stage)
+        settled = _settled(result, job.stage)
+    clock_mhz = settled.winner.best_known.sm_clock_mhz
+    power_us = power_limit_of(job.graph, job.batch.mix, cost_model, clock_mhz)
+    return replace(settled, power_limit_us=power_us)
 
 
 def _settled(result: SearchResult, stage: GpuStage) -> SearchResult:

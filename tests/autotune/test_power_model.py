@@ -259,6 +259,11 @@ def test_the_power_limit_is_below_every_prediction_and_near_the_sequential_one()
     limit_us = power_limit_of(GRAPH, MIX, costs)
     period_us = predict(sequential(GRAPH, costs, MIX), GRAPH, costs, MIX).period_us
     assert 0.85 * period_us < limit_us < 1.01 * period_us
+    top_mhz, power = 1980.0, costs.power
+    assert power is not None
+    at = {mhz: power_limit_of(GRAPH, MIX, costs, mhz) for mhz in (1400.0, top_mhz)}
+    assert at[1400.0] < limit_us < at[top_mhz]
+    assert at[1400.0] == pytest.approx(at[top_mhz] * (1400.0 / top_mhz) ** power.exponent)
 
 
 def test_a_simulator_at_a_lower_clock_is_the_sum_of_its_stretched_ops():
