@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from ..profiler.profile import Point, Profile
 from ..runtime.op_graph import Op, OpKind
 from ..runtime.op_shapes import op_of_shape
 from ..search_spaces.schema import DTYPE_BYTES, Dtype, HardwareSpec
-from .cost_model import CostModel
+from .interference import Interference, Place
 
 START, END = "<!-- co-runs: written by `nanoflow-tune profile --errors` -->", "<!-- co-runs end -->"
 
@@ -51,39 +51,42 @@ def held_out_pairs(profile: Profile, hardware: HardwareSpec) -> list[Miss]:
     """Slowdowns of every other measured pair, predicted from the rest."""
     measured = [pair for pair in profile.pairs if pair.source == "measured"]
     measured.sort(key=lambda pair: repr(place_of((pair.a, pair.b))))
-    model = CostModel(replace(profile, pairs=tuple(measured[0::2])), hardware)
+    model, dtype = Interference(measured[0::2], hardware), profile.dtype
     return [
         miss
         for pair in measured[1::2]
-        for miss in _misses(model, (pair.a, pair.b), (pair.slowdown_a, pair.slowdown_b))
+        for miss in _misses(model, dtype, (pair.a, pair.b), (pair.slowdown_a, pair.slowdown_b))
     ]
 
 
 def triples_from_pairs(profile: Profile, hardware: HardwareSpec) -> list[Miss]:
     """Slowdowns of the measured triples, predicted as products of pairwise ones."""
-    model = CostModel(profile, hardware)
+    model = Interference(profile.pairs, hardware)
     return [
         miss
         for row in profile.triples
         if row.source == "measured"
         for miss in _misses(
-            model, (row.a, row.b, row.c), (row.slowdown_a, row.slowdown_b, row.slowdown_c)
+            model,
+            profile.dtype,
+            (row.a, row.b, row.c),
+            (row.slowdown_a, row.slowdown_b, row.slowdown_c),
         )
     ]
 
 
-def _misses(model: CostModel, points: Sequence[Point], slowdowns: Sequence[float]) -> list[Miss]:
-    dtype_bytes = DTYPE_BYTES[cast(Dtype, model.dtype)]
+def _misses(
+    model: Interference, dtype: str, points: Sequence[Point], slowdowns: Sequence[float]
+) -> list[Miss]:
+    dtype_bytes = DTYPE_BYTES[cast(Dtype, dtype)]
     ops: list[Op] = [op_of_shape(cast(OpKind, p.kind), p.shape, dtype_bytes) for p in points]
+    places = [Place(op, p.num_sms, p.variant) for op, p in zip(ops, points, strict=True)]
     found: list[Miss] = []
     for index, (point, measured) in enumerate(zip(points, slowdowns, strict=True)):
         others = [number for number in range(len(points)) if number != index]
         predicted = 1.0
         for other in others:
-            there = points[other]
-            predicted *= model.slowdown(
-                ops[index], point.num_sms, ops[other], there.num_sms, point.variant, there.variant
-            )
+            predicted *= model.slowdown(places[index], places[other])
         found.append(
             Miss(
                 kinds=(point.kind, *(points[other].kind for other in others)),
@@ -106,7 +109,9 @@ def report_section(profile: Profile, hardware: HardwareSpec) -> str:
         START,
         "## Error of predicted co-runs",
         "",
-        "A slowdown is the time of a kernel beside others over its time alone on the same SMs. For "
+        "A slowdown is the time of a kernel beside others over its time alone on the same SMs, "
+        "here as measured; the cost model takes out of those of compute-bound kernels what the "
+        "clocks fall by. For "
         "a pair that was not measured the cost model takes the measured pairs of the same two "
         "kinds, of the same kernel where memory binds it, with the nearest shares (by ratio), else "
         "those of the same two resources, whatever their shapes; without any it takes 1, or for "

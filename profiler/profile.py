@@ -62,7 +62,7 @@ class PairRow:
     a: Point
     b: Point
     slowdown_a: float
-    """Time of A beside B / time of A alone on the same SMs, both at sustained clocks."""
+    """Time of A beside B for 0.4 s, at the cap / time of A alone on the same SMs for 40 ms."""
     slowdown_b: float
     watts: float
     sm_clock_mhz: float
