@@ -11,12 +11,12 @@ the logarithm of a period is linear in theirs, with weights w from the simulator
 
 is minimised: ridge regression towards factors of 1, so that few plans move few factors, and only
 those that explain them. The predictions of a search stay those of the profile; corrected ones
-decide what is measured next.
+decide what is measured next, and are those of the plan book's other points.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from math import exp, log, sqrt
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from ..runtime.op_graph import Op, OpGraph, RowMix
 from ..runtime.op_shapes import RESOURCE_OF_KIND
-from ..runtime.plan import NanoBatch, NanoOp, Schedule
+from ..runtime.plan import Candidate, NanoBatch, NanoOp, Schedule
 from ..runtime.schedule import concurrent_pairs
 from .cost_model import CostModel, Estimate
 from .power_model import Load, PowerModel
@@ -41,6 +41,8 @@ STEP = 1.05
 """Factor with which the weights are taken."""
 ROUNDS = 3
 """Linear solutions, each around the one before."""
+LEAST_PLANS = 3
+"""Measured plans from which corrections are worth something."""
 TOLD = 0.01
 """Factors nearer to 1 are not worth a word."""
 
@@ -269,3 +271,21 @@ class Learner:
         for a, b in concurrent_pairs(schedule, self._graph):
             found |= {beside_key(ops[a], ops[b]), beside_key(ops[b], ops[a])}
         return sorted(found)
+
+
+def learned(
+    graph: OpGraph, cost_model: CostModel, mix: RowMix, candidates: Iterable[Candidate]
+) -> Corrections:
+    """What the measured ones among some plans of a batch teach; nothing if they are few."""
+    learner = Learner(graph, cost_model, mix)
+    for candidate in candidates:
+        if candidate.measured is not None:
+            learner.add(candidate.schedule, candidate.measured.period_us)
+    return learner.fit() if len(learner) >= LEAST_PLANS else NO_CORRECTIONS
+
+
+def corrected(cost_model: CostModel, corrections: Corrections) -> CostModel:
+    """The cost model with corrections; itself where there are none."""
+    if not corrections.num_plans:
+        return cost_model
+    return CorrectedCostModel(cost_model, corrections)

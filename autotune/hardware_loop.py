@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..profiler.progress import Advance, nothing
 from ..runtime.plan import Candidate, Schedule, Timing
-from .corrections import NO_CORRECTIONS, CorrectedCostModel, Corrections, Learner
+from .corrections import LEAST_PLANS, NO_CORRECTIONS, CorrectedCostModel, Corrections, Learner
 from .ping_pong_grid import best_of_grid
 from .refine import Family, ask, open_study, replayed
 from .simulator import predict
@@ -31,8 +31,6 @@ MEASURED_TOGETHER = 4
 """Trials measured in one go, interleaved, beside the incumbent."""
 PROPOSED = 2
 """Of them by the corrected model, and more where the study's own are pruned."""
-LEAST_PLANS = 3
-"""Measured plans before the model proposes."""
 PROPOSAL_TRIALS, BEST_TRIALS = 40, 5
 """Of the study of the corrected model, and measured ones that it starts from."""
 LEAST_MARGIN, DOUBTS = 0.04, 2.0

@@ -8,9 +8,9 @@ both together may have. A plan's clock is found from the joules of the whole pla
     clock of the pair      x:  sum of D(x) / time beside the other = headroom
     slowdown at one clock  measured slowdown / (time alone at x / burst time)
 
-The clock in the rows is one reading from before the cap is enforced, so that x comes from joules
-and times. Memory-bound kernels keep theirs: the simulator takes the larger of what the clock and
-what the neighbour costs them. Collectives do not follow the clock.
+The clock in rows to 2026-11-25 is one reading from before the cap is enforced, so that x comes from
+joules and times. Memory-bound kernels keep theirs: the simulator takes the larger of what the clock
+and what the neighbour costs them. Collectives do not follow the clock.
 """
 
 from __future__ import annotations

@@ -31,3 +31,20 @@ class SearchResult:
     stages: tuple[str, ...]
     """What each stage decided and rejected, and why."""
     seed: int
+
+
+def best_of_each_kind(result: SearchResult) -> tuple[Candidate, ...]:
+    """The fastest candidate of each name, sequential first; measured ones go before predicted."""
+    best: dict[str, Candidate] = {"sequential": result.sequential}
+    ranked = sorted(
+        result.race,
+        key=lambda candidate: (candidate.measured is None, candidate.best_known.period_us),
+    )
+    for candidate in (result.winner, result.best_overlapped, *ranked):
+        best.setdefault(candidate.schedule.name, candidate)
+    return tuple(
+        sorted(
+            best.values(),
+            key=lambda c: (c.schedule.name != "sequential", c.best_known.period_us),
+        )
+    )

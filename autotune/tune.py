@@ -29,6 +29,7 @@ from .book_grid import FULL, QUICK, Traffic
 from .book_store import FILE as POINTS
 from .book_store import BookStore, kept_points
 from .bounds import power_limit_of
+from .corrections import corrected, learned
 from .cost_model import CostModel
 from .emit import draw, play, play_measured, shown, write
 from .gpu_stage import GpuStage
@@ -50,6 +51,7 @@ from .resize import row_order_of, shortened
 from .resume import KeptRun, Measure, check_resumable, kept_run
 from .search import SearchResult, pick_winner, search
 from .search_progress import search_bar
+from .search_result import best_of_each_kind
 from .sensitivity import sensitivity
 from .trace import Track
 from .verification import verify
@@ -114,7 +116,9 @@ def _run_in(
     ):
         result = _searched(options, job, cost_model, aside, kept, console)
         plan = _plan(job, chosen.profile, result)
-        book = _book(options, job, cost_model, plan, points, console)
+        corrections = learned(job.graph, cost_model, job.batch.mix, result.race)
+        book_costs = corrected(cost_model, corrections)
+        book = _book(options, job, book_costs, plan, points, console)
         if book is not None:
             plan = replace(plan, buckets=book.buckets, break_even=book.break_even)
         measured = _measured(job, plan.buckets[0], console)
@@ -125,7 +129,11 @@ def _run_in(
                 plan = verify(plan, job.model, job.hardware, options.seed, job.stage, advance)
         tracks = play(plan.buckets[0], job.graph, cost_model, job.batch.mix)
         report = _report(options, job, chosen, cost_model, result, plan, tracks, measured)
-        report = replace(report, book=book and replace(book, buckets=plan.buckets))
+        facts = dict(report.provenance)
+        if corrections.num_plans:
+            facts["corrections of the plan book"] = corrections.told()
+        shown_book = book and replace(book, buckets=plan.buckets)
+        report = replace(report, book=shown_book, provenance=facts)
         pictures = None
         if not options.is_search_only:
             say(console, "report", "figures, trace, page")
@@ -380,20 +388,3 @@ def certificate_of(result: SearchResult) -> dict[str, Any]:
         "space": {**space, "gap": result.space_bound.gap},
         "stages": list(result.stages),
     }
-
-
-def best_of_each_kind(result: SearchResult) -> tuple[Candidate, ...]:
-    """The fastest candidate of each name, sequential first; measured ones go before predicted."""
-    best: dict[str, Candidate] = {"sequential": result.sequential}
-    ranked = sorted(
-        result.race,
-        key=lambda candidate: (candidate.measured is None, candidate.best_known.period_us),
-    )
-    for candidate in (result.winner, result.best_overlapped, *ranked):
-        best.setdefault(candidate.schedule.name, candidate)
-    return tuple(
-        sorted(
-            best.values(),
-            key=lambda c: (c.schedule.name != "sequential", c.best_known.period_us),
-        )
-    )

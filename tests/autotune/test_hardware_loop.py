@@ -18,7 +18,14 @@ from nanoflow_tune.autotune.baselines import (
     nano_only,
     sequential,
 )
-from nanoflow_tune.autotune.corrections import CorrectedCostModel, Corrections, Learner
+from nanoflow_tune.autotune.corrections import (
+    NO_CORRECTIONS,
+    CorrectedCostModel,
+    Corrections,
+    Learner,
+    corrected,
+    learned,
+)
 from nanoflow_tune.autotune.cost_model import CostModel
 from nanoflow_tune.autotune.hardware_loop import refine_on_hardware
 from nanoflow_tune.autotune.refine import Family, checked, refine, study_name
@@ -258,3 +265,29 @@ def test_the_same_measurements_give_the_same_trials():
         for _ in range(2)
     ]
     assert runs[0] == runs[1]
+
+
+def test_other_points_are_priced_by_what_was_measured():
+    """Measured candidates of one batch correct predictions of another; two teach nothing."""
+    true = CorrectedCostModel(COSTS, TRUE)
+    schedules = [
+        sequential(GRAPH, COSTS, MIX),
+        nano_only(GRAPH, COSTS, MIX),
+        equal_split(GRAPH, COSTS, MIX, SPACE),
+    ]
+    race = [
+        Candidate(
+            schedule=schedule,
+            predicted=predict(schedule, GRAPH, COSTS, MIX),
+            measured=predict(schedule, GRAPH, true, MIX),
+        )
+        for schedule in schedules
+    ]
+    half = replace(MIX, decode_tokens=MIX.decode_tokens / 2, prefill_tokens=MIX.prefill_tokens / 2)
+    other = sequential(GRAPH, COSTS, half)
+    costs = corrected(COSTS, learned(GRAPH, COSTS, MIX, race))
+    us = [predict(other, GRAPH, model, half).period_us for model in (COSTS, costs, true)]
+    assert us[0] < 0.95 * us[2]
+    assert us[1] == pytest.approx(us[2], rel=0.02)
+    assert learned(GRAPH, COSTS, MIX, race[:2]) is NO_CORRECTIONS
+    assert corrected(COSTS, NO_CORRECTIONS) is COSTS
