@@ -121,7 +121,8 @@ def plans(predictor: Predictor) -> list[Schedule]:
     result = predictor.search()
     tried = [candidate.schedule for candidate in result.race]
     for count in result.space_bound.counts[1:]:
-        tried += round_robins(graph, cost_model, space, MIX, count)
+        found = round_robins(graph, cost_model, space, MIX, count)
+        tried += [candidate.schedule for candidate in found]
     base, attention = result.sequential.schedule, graph.op("decode_attention")
     gemm = max((op for op in graph.layer if op.kind == "gemm"), key=lambda op: op.flops(MIX))
     for variant in cost_model.variants(gemm, hardware.num_sms):
