@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from nanoflow_tune.autotune.baselines import PingPongChoice, equal_split, ping_pong, sequential
@@ -38,11 +40,12 @@ def test_they_agree_on_what_the_milp_finds_from_the_shipped_profile(
     model: str, tp_degree: int, least_batches: int
 ):
     graph, costs = graph_of(model, tp_degree), CostModel(SHIPPED, h200())
-    known = [sequential(graph, costs, MIX), equal_split(graph, costs, MIX, SPACE)]
+    space = replace(SPACE, row_orders=("interleaved",))  # in both, TP8's shares find no places
+    known = [sequential(graph, costs, MIX), equal_split(graph, costs, MIX, space)]
     schedule, certificate = find_structure(
         graph,
         costs,
-        SPACE,
+        space,
         MIX,
         seed=0,
         known=known[least_batches - 1 :],
