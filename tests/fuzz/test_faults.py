@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -232,7 +233,9 @@ def start(folder, *more, **options):
 
 
 def test_ctrl_c_says_how_to_go_on_and_leaves_nothing_half_done(tmp_path):
-    child = start(tmp_path / "out")
+    # A job that a shell put into the background would ignore it.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    child = start(tmp_path / "out", preexec_fn=heed)
     assert child.stderr
     for line in child.stderr:
         if line.startswith("search"):
