@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from ..runtime.plan import Bucket
 from ..search_spaces.records import SpecError, from_mapping, to_mapping
+from ..search_spaces.whole_file import write_whole
 
 FILE = ".unfinished-book.jsonl"
 """Beside the output of the job."""
@@ -56,19 +57,17 @@ class BookStore:
         except (OSError, UnicodeDecodeError):
             return []
         whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        if not whole or _parsed(whole[0]) != {"key": self._key}:
+        if not whole or kept_mapping(whole[0]) != {"key": self._key}:
             return []
         points: list[Bucket] = []
         for line in whole[1:]:
             try:
-                points.append(from_mapping(Bucket, _parsed(line), self._path.name))
+                points.append(from_mapping(Bucket, kept_mapping(line), self._path.name))
             except SpecError:
                 break
         if len(whole) - 1 != len(points) or not text.endswith("\n"):
             kept = "".join(whole[: len(points) + 1])
-            aside = self._path.with_suffix(".tmp")
-            aside.write_text(kept, encoding="utf-8")
-            aside.replace(self._path)
+            write_whole(self._path, kept)
         return points
 
 
@@ -88,9 +87,10 @@ def _line(mapping: dict[str, Any]) -> str:
     return json.dumps(mapping, separators=(",", ":")) + "\n"
 
 
-def _parsed(line: str) -> dict[str, Any]:
+def kept_mapping(text: str) -> dict[str, Any]:
+    """A JSON object that an earlier run wrote; empty where it is damaged or something else."""
     try:
-        value: Any = json.loads(line)
+        value: Any = json.loads(text)
     except (ValueError, RecursionError):
         return {}
     return cast("dict[str, Any]", value) if isinstance(value, dict) else {}

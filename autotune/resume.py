@@ -16,7 +16,6 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
 
 from ..runtime.plan import Schedule, Timing
 from ..search_spaces.records import (
@@ -27,6 +26,7 @@ from ..search_spaces.records import (
     to_mapping,
 )
 from ..search_spaces.whole_file import write_whole
+from .book_store import kept_mapping
 from .search import SearchResult
 
 Measure = Callable[[Sequence[Schedule]], Sequence[Timing]]
@@ -125,7 +125,7 @@ class KeptRun:
         turns: list[_Turn] = []
         for line in _text(self._folder / MEASURED).splitlines():
             try:
-                turn = from_mapping(_Turn, _parsed(line), MEASURED)
+                turn = from_mapping(_Turn, kept_mapping(line), MEASURED)
             except SpecError:
                 continue  # cut off, or damaged: it is measured again
             is_whole = turn.digest == content_hash(replace(turn, digest=""))
@@ -135,7 +135,7 @@ class KeptRun:
 
     def _read_result(self) -> SearchResult | None:
         try:
-            held = from_mapping(_Search, _parsed(_text(self._folder / SEARCH)), SEARCH)
+            held = from_mapping(_Search, kept_mapping(_text(self._folder / SEARCH)), SEARCH)
         except SpecError:
             return None
         is_whole = held.digest == content_hash(held.result)
@@ -179,11 +179,3 @@ def _text(path: Path) -> str:
         return read_bounded(path).decode("utf-8")
     except (OSError, ValueError):
         return ""
-
-
-def _parsed(text: str) -> dict[str, Any]:
-    try:
-        value: Any = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.op_graph import RowMix
-from .configuration_lp import Array, Bound, Cell, Problem
+from .configuration_lp import Array, Bound, Cell
 from .configurations import Call, Configurations
 
 Singles = NDArray[np.float32]
@@ -232,8 +232,3 @@ class Screen:
         """What the cheapest call costs alone."""
         us = table.alone_us * np.maximum(1.0, table.stretch / cell.high)
         return float((time_price * us + joule_price * cell.us_per_joule * table.joules).min())
-
-
-def problem_size(problem: Problem) -> int:
-    """Configurations of an LP."""
-    return int(problem.together.can.size)
