@@ -19,6 +19,7 @@ from .admission import DecodeLengths, Growth, fits_peak
 from .page_pool import PagePool
 from .prefix_index import PrefixIndex
 from .request_check import check_request
+from .residency import Residency
 from .scheduler_records import Forming, SchedulerLimits, Step, Totals
 from .sequence import (
     FinishEvent,
@@ -29,7 +30,7 @@ from .sequence import (
     TokenEvent,
 )
 from .sequence_state import Sequence
-from .step import NOT_YET_KNOWN, CacheOp, Chunk, PageUpdates, SlotTaken, StepInputs
+from .step import NOT_YET_KNOWN, Chunk, StepInputs
 
 
 class Scheduler:
@@ -56,22 +57,14 @@ class Scheduler:
         self.lengths = DecodeLengths(limits.expected_decode_tokens)
         self.totals = Totals()
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
-        """By arrival."""
-        self.swapped: list[Sequence] = []
-        """By arrival."""
         self.num_queued_prompt_tokens = 0
         """Of the requests that wait."""
         self._sequences: dict[str, Sequence] = {}
         self._stop_token_ids = stop_token_ids
         self._index = index or PrefixIndex(0, 0, pool.page_size)
-        self._free_slots = list(range(limits.max_running - 1, -1, -1))
-        self._updates = PageUpdates()
-        self._taken: list[SlotTaken] = []
-        self._ops: list[CacheOp] = []
+        self._residency = Residency(limits, pool, self.totals, self._fail)
         self._rng = random.Random(seed)
         self._next_order = 0
-        self._next_swap_key = -1
 
     @property
     def has_work(self) -> bool:
@@ -79,9 +72,19 @@ class Scheduler:
         return bool(self._sequences)
 
     @property
+    def running(self) -> list[Sequence]:
+        """By arrival."""
+        return self._residency.running
+
+    @property
+    def swapped(self) -> list[Sequence]:
+        """Preempted ones, by arrival."""
+        return self._residency.swapped
+
+    @property
     def num_swapped_pages(self) -> int:
         """Pages in host memory of preempted requests."""
-        return sum(sequence.num_swapped_pages for sequence in self.swapped)
+        return self._residency.num_swapped_pages
 
     def check(self, request: GenerationRequest, num_arrived: int = 0) -> None:
         """Whether the engine could ever run a request, and takes it now.
@@ -128,7 +131,7 @@ class Scheduler:
         """
         forming = Forming()
         self._form_decodes(forming, max_rows)
-        self._swap_in(forming, max_rows)
+        self._residency.swap_in(forming, max_rows)
         self._form_chunks(forming, max_rows)
         if not forming.decodes and not forming.chunks:
             return None
@@ -186,83 +189,8 @@ class Scheduler:
             if sequence.state != "running" or not sequence.can_decode:
                 continue
             has_room = sequence.num_computed < len(sequence.pages) * page_size
-            if has_room or self._grow(sequence, sequence.num_computed + 1, forming):
+            if has_room or self._residency.grow(sequence, sequence.num_computed + 1, forming):
                 decodes.append(sequence)
-
-    def _grow(self, sequence: Sequence, num_tokens: int, forming: Forming) -> bool:
-        """Give a sequence pages for `num_tokens`, taken from later arrivals when none are free."""
-        count = self.pool.pages_for(num_tokens) - len(sequence.pages)
-        while count > self.pool.num_free:
-            victim = self.running[-1]
-            self._preempt(victim)
-            forming.preempted = True
-            if victim is sequence:
-                return False
-        self._add_pages(sequence, self.pool.take(count) if count > 0 else [])
-        return True
-
-    def _add_pages(self, sequence: Sequence, pages: list[int]) -> None:
-        if pages:
-            self._updates.add(sequence.slot, len(sequence.pages), pages)
-            sequence.pages.extend(pages)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        limit = self.limits.max_swapped_pages
-        if limit is not None and self.num_swapped_pages + len(sequence.pages) > limit:
-            message = (
-                f"the KV cache is full and so is the swap space of {limit} pages: send fewer "
-                "requests at once, or allow more swap space"
-            )
-            self._finish(sequence, "error", message)
-            return
-        sequence.swap_key, self._next_swap_key = self._next_swap_key, self._next_swap_key - 1
-        sequence.num_swapped_pages = len(sequence.pages)
-        self._ops.append(CacheOp(kind="save", key=sequence.swap_key, pages=tuple(sequence.pages)))
-        self.totals.preemptions += 1
-        self.totals.swapped_pages += len(sequence.pages)
-        self._leave_device(sequence)
-        sequence.state = "swapped"
-        insort(self.swapped, sequence, key=_order)
-
-    def _leave_device(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self.pool.give_back(sequence.pages)
-        sequence.pages.clear()
-        self._free_slots.append(sequence.slot)
-        sequence.slot = -1
-
-    def _enter_device(self, sequence: Sequence, pages: list[int]) -> None:
-        sequence.slot = self._free_slots.pop()
-        sequence.state = "running"
-        insort(self.running, sequence, key=_order)
-        self._taken.append(
-            SlotTaken(
-                slot=sequence.slot,
-                sampling=sequence.request.sampling,
-                seed=sequence.seed,
-                num_generated=sequence.num_generated,
-            )
-        )
-        self._add_pages(sequence, pages)
-
-    def _swap_in(self, forming: Forming, max_rows: int) -> None:
-        """Bring preempted requests back while there is room for them and for growth."""
-        while self.swapped and self._free_slots and not forming.preempted:
-            sequence = self.swapped[0]
-            if len(forming.decodes) == max_rows:
-                return
-            growth = self.pool.pages_for(len(self.running)) if self.running else 0
-            wanted = max(sequence.num_swapped_pages, self.pool.pages_for(sequence.num_computed + 1))
-            if wanted + growth > self.pool.num_free:
-                return
-            self.swapped.pop(0)
-            pages = self.pool.take(sequence.num_swapped_pages)
-            self._ops.append(CacheOp(kind="load", key=sequence.swap_key, pages=tuple(pages)))
-            self._ops.append(CacheOp(kind="drop", key=sequence.swap_key))
-            sequence.num_swapped_pages = 0
-            self._enter_device(sequence, pages)
-            if sequence.can_decode and self._grow(sequence, sequence.num_computed + 1, forming):
-                forming.decodes.append(sequence)
 
     def _form_chunks(self, forming: Forming, max_rows: int) -> None:
         """Fill the rest with prompts: those begun before, then new ones."""
@@ -273,7 +201,7 @@ class Scheduler:
             if sequence.state == "running" and sequence.is_prefilling:
                 rows -= self._form_chunk(sequence, rows, forming)
         while rows and self.waiting and len(forming.chunks) < self.limits.max_chunks:
-            if self.swapped or not self._free_slots or not self._admit(forming):
+            if self.swapped or not self._residency.has_free_slot or not self._admit(forming):
                 return
             taken = self._form_chunk(self.running[-1], rows, forming)
             if taken == 0:
@@ -292,8 +220,8 @@ class Scheduler:
         self.num_queued_prompt_tokens -= sequence.num_prompt_tokens
         pages = self.pool.take(num_pages)
         if pages:
-            self._ops += self._index.load(key, tuple(pages))
-        self._enter_device(sequence, pages)
+            self._residency.ops += self._index.load(key, tuple(pages))
+        self._residency.enter(sequence, pages)
         sequence.num_computed = num_pages * self.pool.page_size
         self.totals.prefix += sequence.num_computed
         self.totals.prompt += sequence.num_computed
@@ -325,13 +253,13 @@ class Scheduler:
         room = len(sequence.pages) + self.pool.num_free
         if sequence is self.running[0] and not forming.decodes and not forming.chunks:
             # The oldest request must get on, or a cache full of begun prompts would never empty.
-            if not self._grow(sequence, start + count, forming):
+            if not self._residency.grow(sequence, start + count, forming):
                 return 0
         else:
             count = min(count, room * self.pool.page_size - start)
             if count <= 0:
                 return 0
-            self._grow(sequence, start + count, forming)
+            self._residency.grow(sequence, start + count, forming)
         tokens = sequence.request.prompt_token_ids[start : start + count]
         chunk = Chunk(
             slot=sequence.slot,
@@ -358,32 +286,34 @@ class Scheduler:
             sequence.num_computed += len(chunk.token_ids)
             sequence.num_in_flight += chunk.is_complete
             self.totals.prompt += len(chunk.token_ids)
-        taken, self._taken = self._taken, []
-        ops, self._ops = self._ops, []
+        residency = self._residency
+        taken, residency.taken = residency.taken, []
+        ops, residency.ops = residency.ops, []
         return StepInputs(
             choice="",
             decode_slots_R=np.array(slots, dtype=np.int32),
             decode_positions_R=np.array(positions, dtype=np.int32),
             decode_tokens_R=np.array(tokens, dtype=np.int64),
             chunks=tuple(chunk for _, chunk in forming.chunks),
-            page_updates_U3=self._updates.take(),
+            page_updates_U3=residency.updates.take(),
             slots_taken=tuple(taken),
             cache_ops=tuple(ops),
         )
+
+    def _fail(self, sequence: Sequence, message: str) -> None:
+        self._finish(sequence, "error", message)
 
     def _finish(self, sequence: Sequence, reason: FinishReason, message: str = "") -> None:
         if sequence.state == "waiting":
             self.waiting.remove(sequence)
             self.num_queued_prompt_tokens -= sequence.num_prompt_tokens
         elif sequence.state == "swapped":
-            self.swapped.remove(sequence)
-            sequence.num_swapped_pages = 0
-            self._ops.append(CacheOp(kind="drop", key=sequence.swap_key))
+            self._residency.drop_swapped(sequence)
         else:
             if reason in ("stop", "length"):
                 # The last token was sampled, so its own key is not in the cache.
-                self._ops += self._index.save(sequence.token_ids[:-1], sequence.pages)
-            self._leave_device(sequence)
+                self._residency.ops += self._index.save(sequence.token_ids[:-1], sequence.pages)
+            self._residency.leave(sequence)
         sequence.state = "finished"
         del self._sequences[sequence.request.request_id]
         self.totals.finished += 1
@@ -397,7 +327,3 @@ class Scheduler:
                 message=message,
             )
         )
-
-
-def _order(sequence: Sequence) -> int:
-    return sequence.order

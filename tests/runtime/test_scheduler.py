@@ -207,7 +207,7 @@ def test_no_request_is_lost_or_altered_and_no_page_leaks(wishes, host_pages, dis
                 "stop" if tokens[-1] == EOS and not wanted.sampling.ignore_eos else "length"
             )
     assert harness.pool.num_used == 0
-    harness.device.move(harness.scheduler._ops)  # of the last ends, no step came after them
+    harness.device.move(harness.scheduler._residency.ops)  # of the last ends, no step came after them
     assert len(harness.device.store) == len(harness.scheduler._index._entries)
 
 
