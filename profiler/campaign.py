@@ -7,18 +7,19 @@ the whole run can be tried without a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Collection, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 
 from .grid import Family
-from .profile import Point, Row
+from .joule_points import joule_points
+from .profile import Point, ProfilePart, Row
 from .refinement import next_points, predicted_s
 
 CHUNK = 96
 """Points between two looks at the curves."""
 SOLO_UNTIL, JOULES_UNTIL = 0.62, 0.85
-"""Parts of the run's time by which its stages end; co-runs have the rest."""
-SECONDS_PER_JOULE_POINT = 0.55
+"""Parts of the run's time by which its stages end when there are co-runs, which have the rest."""
+SECONDS_PER_JOULE_POINT = 0.5
 SECONDS_PER_PAIR = 0.8
 Clock = Callable[[], float]
 
@@ -40,12 +41,28 @@ class Budget:
         return self.clock() + seconds <= self.ends_at(part)
 
 
+OnChunk = Callable[[int, Sequence[Point]], None]
+"""Told (rows so far, points known to be left, the next `CHUNK` of them first) before each chunk."""
+
+
+def _say_nothing(done: int, left: Sequence[Point]) -> None:
+    """For runs that nobody watches."""
+
+
+def stage_ends(parts: Collection[ProfilePart]) -> tuple[float, float]:
+    """Parts of the time by which curves, and joules, must end: the last stage has all of it."""
+    if "pairs" in parts or "collectives" in parts:
+        return SOLO_UNTIL, JOULES_UNTIL
+    return (SOLO_UNTIL / JOULES_UNTIL if "joules" in parts else 1.0), 1.0
+
+
 def measure_curves(
     families: Iterable[Family],
     rows: MutableMapping[Point, Row],
     measure: Callable[[Point], Row],
     budget: Budget,
-    on_chunk: Callable[[int, int], None] = lambda done, left: None,
+    on_chunk: OnChunk = _say_nothing,
+    until: float = SOLO_UNTIL,
 ) -> bool:
     """Measure points by expected gain until the curves are known or the time is over.
 
@@ -54,16 +71,17 @@ def measure_curves(
         rows: measured so far; new ones are put in.
         measure: times one point and stores its row.
         budget: of the run.
-        on_chunk: told (rows so far, points known to be left) before each chunk.
+        on_chunk: see `OnChunk`.
+        until: part of the run's time by which this must end.
 
     Returns:
         Whether every curve is known.
     """
     families = tuple(families)
     while points := next_points(families, rows):
-        on_chunk(len(rows), len(points))
+        on_chunk(len(rows), points)
         for point in points[:CHUNK]:
-            if not budget.has_room(predicted_s(point), SOLO_UNTIL):
+            if not budget.has_room(predicted_s(point), until):
                 return False
             rows[point] = measure(point)
     return True
@@ -74,66 +92,14 @@ def measure_joules(
     rows: MutableMapping[Point, Row],
     measure: Callable[[Point], Row],
     budget: Budget,
+    on_chunk: OnChunk = _say_nothing,
+    until: float = JOULES_UNTIL,
 ) -> None:
     """Measure joules of the most telling rows until `joule_points` has none or time is over."""
     families = tuple(families)
     while points := joule_points(families, rows):
+        on_chunk(len(rows), points)
         for point in points[:CHUNK]:
-            if not budget.has_room(SECONDS_PER_JOULE_POINT, JOULES_UNTIL):
+            if not budget.has_room(SECONDS_PER_JOULE_POINT, until):
                 return
             rows[point] = measure(point)
-
-
-JOULE_SHARE = 0.1
-"""Part of the rows whose joules are measured, at least the ones every family has."""
-
-
-def joule_points(families: Iterable[Family], rows: MutableMapping[Point, Row]) -> list[Point]:
-    """Rows whose joules should be measured next, most telling first.
-
-    Each family has its fastest variant at its coarse shares and, on all SMs, at its two most
-    telling numbers of rows, and the runner-up on all SMs. Then come the other coarse rows of the
-    fastest variants, families whose watts vary most first, up to a tenth of all rows.
-    """
-    families = tuple(families)
-    by_family = {family: _ranked_rows(family, rows) for family in families}
-    first = [
-        (rank, point)
-        for ranked in by_family.values()
-        for rank, point in enumerate(ranked[:_BASIC_ROWS])
-        if rows[point].joules_source != "measured"
-    ]
-    if first:
-        return [point for _, point in sorted(first, key=lambda item: item[0])]
-    measured = sum(row.joules_source == "measured" for row in rows.values())
-    room = round(JOULE_SHARE * sum(not row.error for row in rows.values())) - measured
-    more: list[tuple[float, Point]] = []
-    for ranked in by_family.values():
-        watts = [rows[point].watts for point in ranked[:_BASIC_ROWS] if rows[point].watts > 0]
-        spread = (max(watts) - min(watts)) / max(watts) if watts else 0.0
-        more += [
-            (-spread, point)
-            for point in ranked[_BASIC_ROWS:]
-            if rows[point].joules_source != "measured"
-        ]
-    return [point for _, point in sorted(more, key=lambda item: item[0])][: max(0, room)]
-
-
-_BASIC_ROWS = 5
-
-
-def _ranked_rows(family: Family, rows: MutableMapping[Point, Row]) -> list[Point]:
-    """Measured coarse rows of the two fastest variants at each place, most telling first."""
-    first, others = family.tokens[0], family.tokens[1:]
-    places = [(first, share, 0) for share in family.shares[:1]]
-    places += [(first, family.num_sms, 1)]
-    places += [(others[0], family.num_sms, 0)] if others else []
-    places += [(first, share, 0) for share in (*family.shares[1:], family.edge) if share]
-    places += [(tokens, share, 0) for tokens in others for share in family.shares]
-    ranked: list[Point] = []
-    for tokens, share, place in places:
-        points = [family.point(variant, tokens, share) for variant in family.variants]
-        known = [point for point in points if point in rows and not rows[point].error]
-        known.sort(key=lambda point: (rows[point].median_us, point.variant))
-        ranked += known[place : place + 1]
-    return list(dict.fromkeys(ranked))

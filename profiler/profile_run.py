@@ -16,10 +16,18 @@ from typing import Any
 
 import torch
 
+from ..runtime.gpu_failures import is_out_of_memory
 from ..runtime.launch import RankContext
 from ..runtime.op_graph import OpGraph
 from . import interference
-from .campaign import SECONDS_PER_PAIR, Budget, measure_curves, measure_joules
+from .campaign import (
+    CHUNK,
+    SECONDS_PER_PAIR,
+    Budget,
+    measure_curves,
+    measure_joules,
+    stage_ends,
+)
 from .grid import Family, Variants, collective_points, families, sustained_points
 from .interference import Fastest, Together
 from .power import PowerMeter
@@ -56,9 +64,13 @@ class _Files:
     def __init__(self, header: dict[str, str]) -> None:
         self._header = header
         self._writers: dict[Path, ProfileWriter] = {}
+        self._added: dict[Path, int] = {}
+        """Rows put into files of another run."""
 
     def append(self, path: Path, row: Any) -> None:  # noqa: ANN401 - Row, PairRow or TripleRow
         if path not in self._writers:
+            if path.exists() and not self._is_of_this_run(path):
+                self._added[path] = 0
             make = ProfileWriter.solo
             if path.name.endswith(PAIRS):
                 make = ProfileWriter.pairs
@@ -66,6 +78,27 @@ class _Files:
                 make = ProfileWriter.triples
             self._writers[path] = make(path, self._header_of(path))
         self._writers[path].append(row)
+        if path in self._added:
+            self._added[path] += 1
+
+    def _is_of_this_run(self, path: Path) -> bool:
+        """Whether a file of kernels alone names this run's commit and command."""
+        if path.name.endswith((PAIRS, TRIPLES)):
+            return True
+        header = read_rows(path)[0]
+        return all(header.get(key) == self._header.get(key) for key in ("commit", "command"))
+
+    def additions(self, path: Path) -> dict[str, str]:
+        """What the header of another run's file must say of the rows that this run put in."""
+        if not self._added.get(path):
+            return {}
+        before = read_rows(path)[0].get("added", "")
+        named = (f"{key} {self._header.get(key, 'unknown')}" for key in ("date", "gpu", "driver"))
+        text = (
+            f"{self._added[path]} rows, {', '.join(named)}, commit {self._header['commit']}: "
+            f"{self._header['command']}; {self._header.get('regime', '')}"
+        )
+        return {"added": f"{before} | {text}" if before else text}
 
     def _header_of(self, path: Path) -> dict[str, str]:
         """That of the solo file beside a new file of co-runs, else this run's."""
@@ -126,7 +159,7 @@ def run(ctx: RankContext, order: ProfileRun) -> None:
         files.close()
     if ctx.rank == 0:
         for path in {job.path for job in order.jobs if job.path.exists()}:
-            tidy(path, sustained)
+            tidy(path, {**sustained, **files.additions(path)})
     del sweep
     gc.collect()
     torch.cuda.empty_cache()
@@ -171,6 +204,9 @@ def _measure_alone(
 
     def store(row: Row) -> Row:
         point = row.point
+        if is_out_of_memory(row.error):  # not the kernel's fault: another run measures it again
+            _say(bar, f"left out for now: {row.error}")
+            return row
         files.append(places.path_of[point.kind, point.shape], row)
         if row.error and sweep.has_lost_context():
             raise RuntimeError(
@@ -184,11 +220,13 @@ def _measure_alone(
         bar.count()
         return row
 
-    def on_chunk(done: int, left: int) -> None:
-        sweep.timer.heat(150.0)  # the card must not cool while the host looks at the curves
+    def on_chunk(done: int, left: Sequence[Point]) -> None:
+        sweep.compile_ahead(left[:CHUNK])
         if not bar.bar.is_shown:
             took_s = budget.clock() - budget.start_s
-            _say(bar, f"{done} rows, {left} more points are worth it, {took_s:.0f} s")
+            _say(bar, f"{done} rows, {len(left)} more points are worth it, {took_s:.0f} s")
+
+    curves_until, joules_until = stage_ends(order.parts)
 
     if "compute" in order.parts:
         missing = [
@@ -202,12 +240,24 @@ def _measure_alone(
             store(failed_row(lost, "took the CUDA context with it"))
         bar.enter("curves")
         is_whole = measure_curves(
-            places.families, rows, lambda point: measure(point, False), budget, on_chunk
+            places.families,
+            rows,
+            lambda point: measure(point, False),
+            budget,
+            on_chunk,
+            curves_until,
         )
         _say(bar, "every curve is known" if is_whole else "the time for curves is over")
     if "joules" in order.parts:
         bar.enter("joules")
-        measure_joules(places.families, rows, lambda point: measure(point, True), budget)
+        measure_joules(
+            places.families,
+            rows,
+            lambda point: measure(point, True),
+            budget,
+            on_chunk,
+            joules_until,
+        )
     if "pairs" in order.parts:
         hardware, fastest = sweep.hardware, Fastest(rows.values(), variants)
         size = hardware.num_sms, hardware.sm_granularity

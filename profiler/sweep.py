@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
+from ..runtime.gpu_failures import explained, release
 from ..runtime.partition_layout import GroupRange, Slot, SmSplit
 from ..runtime.sm_partition import SmPartitions
 from ..search_spaces.schema import HardwareSpec
 from .cases import CaseFactory
+from .compile_ahead import compile_tiles, point_tiles
 from .energy import point_costs
 from .interference import Together
 from .power import PowerMeter
@@ -28,10 +30,14 @@ from .timing import BATCH_MS, Batch, Joules, Samples, Timer
 from .timing import Together as Side
 
 FRONT, BACK = "front", "back"
+COOLED_MS = 150.0
+"""GEMMs that warm a card again after the host worked."""
 SUSTAIN_WARM_S, SUSTAIN_SAMPLE_S = 1.5, 1.5
 SUSTAINED_VARIANTS = 2
 """Fastest GEMMs of a burst whose sustained rate is measured."""
-JOULE_S, ALONE_S, TOGETHER_S = 0.35, 0.04, 0.4
+JOULE_S, JOULE_WARM_S, ALONE_S, TOGETHER_S = 0.32, 0.06, 0.04, 0.4
+"""The energy counter advances every 20 to 100 ms: two updates and more in `JOULE_S`. Its warm-up
+comes behind the samples of the same kernel, 18 ms and more."""
 
 
 def share_slots(num_sms: int, split: SmSplit) -> dict[Slot, GroupRange]:
@@ -133,7 +139,7 @@ class Sweep:
             "power_cap_w": f"{self.meter.power_cap_w:.0f}",
             "audit": self.audit,
             "regime": "heated between points, random normal data, 12 ms a point; joules, their "
-            "watts and clocks over 0.35 s",
+            f"watts and clocks over {JOULE_S} s",
             **sustained,
         }
 
@@ -169,6 +175,15 @@ class Sweep:
                     return point
         return None
 
+    def compile_ahead(self, points: Iterable[Point]) -> int:
+        """Compile the fitted GEMMs of points on all cores, then heat the card, which cooled.
+
+        Each share and number of rows has its own tile, which takes a third of a second alone.
+        """
+        count = compile_tiles(point_tiles(points))
+        self.timer.heat(COOLED_MS)
+        return count
+
     def measure(self, point: Point, with_joules: bool) -> Row:
         """Time one point alone on its share; errors become a row."""
         try:
@@ -177,9 +192,14 @@ class Sweep:
             samples = self.timer.sample(batch)
             joules = None
             if with_joules:
-                joules = self.timer.joules_per_call(batch, samples.median_us, JOULE_S)
+                joules = self.timer.joules_per_call(batch, samples.median_us, JOULE_S, JOULE_WARM_S)
         except (RuntimeError, ValueError) as err:
-            return failed_row(point, _first_line(err))
+            what = f"{point.kind} {point.shape} {point.variant} on {point.tokens} tokens"
+            told = explained(err, what, "end what else runs on the GPU, and run it again")
+            row = failed_row(point, _first_line(told))
+            if told is not err:
+                release(err)
+            return row
         return _row(point, samples, joules)
 
     def has_lost_context(self) -> bool:
@@ -225,7 +245,8 @@ class Sweep:
         samples = self.timer.sample_fixed(batch, warm=2, count=12)
         # From here on the count follows from the agreed time alone.
         agreed_us = agree([round(samples.median_us * 1e3)])[0] / 1e3
-        return _row(point, samples, self.timer.joules_per_call(batch, agreed_us, JOULE_S))
+        joules = self.timer.joules_per_call(batch, agreed_us, JOULE_S, JOULE_WARM_S)
+        return _row(point, samples, joules)
 
     def measure_together(
         self, points: Together, agree: Callable[[list[int]], list[int]] = _as_they_are

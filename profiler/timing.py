@@ -223,10 +223,17 @@ class Timer:
         with self.meter:
             return self.sample_fixed(batch, warm=0, count=max(3, round(sample_s * per_s)))
 
-    def joules_per_call(self, batch: Batch, median_us: float, seconds: float) -> Joules:
-        """Board joules of one call over `seconds` of back-to-back batches, a third more to warm."""
-        count = max(3, round(seconds * 1e6 / (median_us * batch.num_calls)))
-        for _ in range(max(1, count // 3)):
+    def joules_per_call(
+        self, batch: Batch, median_us: float, seconds: float, warm_s: float
+    ) -> Joules:
+        """Board joules of one call over `seconds` of back-to-back batches, `warm_s` before them.
+
+        The warm-up keeps out of the counter what it still reports of the kernel before; the meter
+        takes the slope from the first update it sees, so that one update's time is enough.
+        """
+        per_s = 1e6 / (median_us * batch.num_calls)
+        count = max(3, round(seconds * per_s))
+        for _ in range(max(1, round(warm_s * per_s))):
             batch.replay()
         torch.cuda.synchronize()
         with self.meter as meter:

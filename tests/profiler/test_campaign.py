@@ -12,9 +12,10 @@ from nanoflow_tune.profiler.campaign import (
     SECONDS_PER_JOULE_POINT,
     SOLO_UNTIL,
     Budget,
-    joule_points,
     measure_joules,
+    stage_ends,
 )
+from nanoflow_tune.profiler.joule_points import joule_points
 
 from .curves import explore, family, linear, row_of, staircase
 
@@ -87,6 +88,34 @@ def test_a_tenth_of_the_rows_have_joules_where_watts_vary_first():
     more = [p for p, row in rows.items() if row.joules_source == "measured"]
     assert 12 < len(more) <= 0.1 * len(rows)
     assert len([p for p in more if p.shape == steady.shape]) > 5
+
+
+def test_the_last_stage_has_all_of_the_time():
+    assert stage_ends(("compute", "joules", "pairs")) == (SOLO_UNTIL, JOULES_UNTIL)
+    assert stage_ends(("joules",))[1] == 1.0
+    assert stage_ends(("compute",))[0] == 1.0
+    curves, joules = stage_ends(("compute", "joules"))
+    assert SOLO_UNTIL < curves < joules == 1.0
+
+
+def test_groups_without_joules_come_first():
+    fast, others = family(variants=("slow", "fast"), edge=0), family(shape="n64_k64")
+
+    def time_of(point):
+        return linear(point) * (1.05 if point.variant == "slow" else 1.0)
+
+    rows, _, _ = explore([fast, others], time_of)
+    bulk = {replace(p, shape=f"x{i}"): rows[p] for p in list(rows) for i in range(20)}
+    rows |= bulk
+    for _ in range(2 * 5):  # what every family needs
+        point = joule_points([fast, others], rows)[0]
+        rows[point] = with_joules(point, 700.0)
+    assert not any(p.variant == "slow" and p.num_sms < 132 for p in rows if rows[p].watts)
+    points = joule_points([fast, others], rows)
+    assert len(points) == len(set(points))
+    assert not any(rows[p].watts for p in points)
+    assert any(p.variant == "slow" for p in points[:4])
+    assert len({p.tokens for p in points[:4]}) > 1
 
 
 def test_joules_end_with_their_part_of_the_time():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from nanoflow_tune.profiler.compile_ahead import fitted_tiles
+from nanoflow_tune.profiler.compile_ahead import fitted_tiles, point_tiles
+from nanoflow_tune.profiler.profile import Point
 from nanoflow_tune.runtime.kernels.gemm_tiles import fitted_tile
 from nanoflow_tune.runtime.op_graph import OpGraph
 from nanoflow_tune.runtime.plan import NanoBatch, NanoOp, Schedule
@@ -33,4 +34,21 @@ def test_each_share_rows_and_epilogue_has_its_tile_and_other_variants_none():
         (fitted_tile(1536, 6144, 4096, 108), False),
         (fitted_tile(1536, 28672, 4096, 116, cluster=2, has_silu=True), True),
         (fitted_tile(1536, 4096, 14336, 108, tile_rows=256), False),
+    }
+
+
+def test_points_have_the_same_tiles_and_attention_none():
+    gemm = Point(
+        kind="gemm_silu", shape="n28672_k4096", variant="sm90", tokens=512, kv_len=0, num_sms=100
+    )
+    attention = Point(
+        kind="decode_attention",
+        shape="q32_kv8_d128",
+        variant="sm90",
+        tokens=512,
+        kv_len=1024,
+        num_sms=16,
+    )
+    assert point_tiles([gemm, attention, gemm]) == {
+        (fitted_tile(512, 28672, 4096, 100, has_silu=True), True)
     }

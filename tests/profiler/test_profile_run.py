@@ -40,6 +40,9 @@ class FakeSweep:
                 return point
         return None
 
+    def compile_ahead(self, points):
+        return len(points)
+
     def measure(self, point, with_joules):
         self.measured.append((point, with_joules))
         if self.lost_at is not None and len(self.measured) == self.lost_at:
@@ -151,6 +154,25 @@ def test_a_second_run_measures_nothing_and_the_parts_can_be_chosen(measured, tmp
     pairs = (tmp_path / "llama3-8b-tp1.pairs.csv").read_text()
     profile_run.run(CTX, order(tmp_path))
     assert (tmp_path / "llama3-8b-tp1.pairs.csv").read_text() == pairs
+
+
+def test_joules_of_a_later_run_are_named_in_the_header_and_replace_nothing_else(measured, tmp_path):
+    profile_run.run(CTX, order(tmp_path, ("llama3-8b",), parts=("compute",)))
+    (path,) = tmp_path.glob("*tp1.csv")
+    header, before = read_rows(path)
+    assert "added" not in header
+    later = order(tmp_path, ("llama3-8b",), parts=("joules",))
+    later = replace(later, jobs=(replace(later.jobs[0], commit="def", command="more joules"),))
+    measured.clear()
+    profile_run.run(CTX, later)
+    header, rows = read_rows(path)
+    assert header["commit"] == "abc"
+    assert header["added"].startswith(f"{len(measured)} rows")
+    assert "commit def: more joules" in header["added"]
+    assert {row.point for row in rows} == {row.point for row in before}
+    joules = {row.point for row in rows if row.joules_source == "measured"}
+    assert joules == {point for point, _ in measured}
+    assert all(row in before for row in rows if row.point not in joules)
 
 
 def test_a_kernel_that_takes_the_context_is_a_row_and_ends_the_run(measured, tmp_path, monkeypatch):
