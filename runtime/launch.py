@@ -4,7 +4,8 @@
         results = ranks.call(measure, schedule)      # measure(ctx, schedule) on every rank
 
 The parent imports no torch: functions travel by name, so a module whose functions are called
-here imports torch inside them when the parent must stay light. A rank that dies or hangs ends all.
+here imports torch inside them when the parent must stay light. A rank that dies or hangs ends all;
+of several failures the first cause is told, not what it did to the other ranks.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -22,8 +25,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
+
+from .gpu_failures import CollectiveError, GpuFailureError, death_told, explained, release
+from .rank_stacks import place_told, watch_stack
 
 DeviceType = Literal["cpu", "cuda"]
 ResultT = TypeVar("ResultT")
@@ -34,10 +41,18 @@ _LONGEST_WAIT_S = 86400.0
 """The system's poll takes no more than some weeks at a time; calls may take longer."""
 _GRACE_S = 5.0
 """After one rank failed, the others have this long to finish before they are ended."""
+_TERM_S = 1.0
+"""Between asking a rank to end and killing it."""
 
 
 class RankError(RuntimeError):
     """A rank raised, died or hung; the message names it and the cause."""
+
+
+class LostRankError(RankError, GpuFailureError):
+    """A rank died or hung: nothing of its own says why."""
+
+    cause = "a process that drives a GPU died or hung"
 
 
 @dataclass(slots=True)
@@ -58,6 +73,12 @@ class _Failure:
     """The exception itself when it is a domain error."""
     summary: str
     details: str
+    is_death: bool = False
+
+    @property
+    def is_consequence(self) -> bool:
+        """Of something on another rank, most likely: that one is told where there is one."""
+        return isinstance(self.error, CollectiveError)
 
 
 class RankGroup:
@@ -83,13 +104,17 @@ class RankGroup:
         self.timeout_s = timeout_s
         self._processes: list[SpawnProcess] = []
         self._pipes: list[Connection] = []
+        self._folder: Path | None = None
+        """Where ranks that hang write what they are doing."""
 
     def __enter__(self) -> Self:
         spawn = multiprocessing.get_context("spawn")
+        self._folder = Path(tempfile.mkdtemp(prefix="nanoflow-ranks-"))
         try:
             for rank in range(self.world_size):
                 ours, theirs = spawn.Pipe()
-                arguments = (theirs, rank, self.world_size, self.device, self.timeout_s)
+                stack = str(self._folder / str(rank))
+                arguments = (theirs, rank, self.world_size, self.device, self.timeout_s, stack)
                 process = spawn.Process(target=_serve, args=arguments, daemon=True)
                 process.start()
                 theirs.close()
@@ -121,8 +146,9 @@ class RankGroup:
             args: picklable.
 
         Raises:
-            RankError: a rank raised, died or hung. A `ValueError`, or an error of this package,
-                keeps its type and carries the rank's traceback as a note.
+            RankError: a rank raised; `LostRankError`: it died or hung. A `ValueError`, or an error
+                of this package, keeps its type and carries the rank's traceback as a note; so do
+                `OutOfMemoryError` and `CollectiveError`, whose causes are put in words.
         """
         if not self._processes:
             raise RankError("the ranks are not running: use `with RankGroup(...) as ranks`")
@@ -130,8 +156,9 @@ class RankGroup:
             try:
                 pipe.send((fn, args))
             except (BrokenPipeError, ConnectionError) as err:
-                self.close()
-                raise RankError(f"rank {rank} is gone, so all ranks were ended") from err
+                failure = self._death(rank)
+                self._abort()
+                raise _raised(rank, failure) from err
         return self._collect(range(self.world_size))
 
     def close(self) -> None:
@@ -150,9 +177,17 @@ class RankGroup:
             pipe.close()
         self._processes.clear()
         self._pipes.clear()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
 
     def _abort(self) -> None:
         """End all ranks at once: they hang, or would."""
+        for process in self._processes:
+            process.terminate()
+        deadline = time.monotonic() + _TERM_S
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
         for process in self._processes:
             process.kill()
         self.close()
@@ -160,7 +195,7 @@ class RankGroup:
     def _collect(self, ranks: Sequence[int]) -> list[Any]:
         waiting = {self._pipes[rank]: rank for rank in ranks}
         replies: dict[int, Any] = {}
-        failed: tuple[int, _Failure] | None = None
+        failed: dict[int, _Failure] = {}
         deadline = time.monotonic() + self.timeout_s
         while waiting:
             left_s = max(0.0, deadline - time.monotonic())
@@ -176,49 +211,76 @@ class RankGroup:
                     replies[rank] = pipe.recv()
                 except (EOFError, ConnectionError):
                     replies[rank] = self._death(rank)
-                if isinstance(replies[rank], _Failure) and failed is None:
-                    failed = rank, replies[rank]
-                    deadline = min(deadline, time.monotonic() + _GRACE_S)
-        if failed is None and not waiting:
+                if isinstance(replies[rank], _Failure):
+                    if not failed:
+                        deadline = min(deadline, time.monotonic() + _GRACE_S)
+                    failed[rank] = replies[rank]
+        if not failed and not waiting:
             return [replies[rank] for rank in ranks]
         hung = sorted(waiting.values())
+        where = [] if failed else self._where(hung)
         if hung or not all(process.is_alive() for process in self._processes):
             self._abort()
-        if failed is None:
-            raise RankError(
-                f"no answer from rank {', '.join(map(str, hung))} within {self.timeout_s:g} s, so "
-                "all ranks were ended; a collective that some ranks never reach hangs like this"
-            )
-        raise _raised(*failed)
+        if failed:
+            raise _raised(*_first_cause(failed))
+        raise LostRankError(
+            f"no answer from rank {', '.join(map(str, hung))} within {self.timeout_s:g} s, so "
+            "all ranks were ended; a collective that some ranks never reach hangs like this"
+            + "".join(f"; {told}" for told in where)
+            + "; run the same command again, with NCCL_DEBUG=INFO if it hangs there again"
+        )
+
+    def _where(self, hung: Sequence[int]) -> list[str]:
+        """What ranks that do not answer are doing."""
+        assert self._folder is not None
+        told = {
+            rank: place_told(self._processes[rank].pid, self._folder / str(rank)) for rank in hung
+        }
+        return [f"rank {rank} was in {place}" for rank, place in told.items() if place]
 
     def _death(self, rank: int) -> _Failure:
         process = self._processes[rank]
         process.join(_GRACE_S)
-        summary = f"the process died with exit code {process.exitcode}"
-        return _Failure(None, f"{summary}, so all ranks were ended", "")
+        return _Failure(None, death_told(process.exitcode), "", is_death=True)
+
+
+def _first_cause(failed: dict[int, _Failure]) -> tuple[int, _Failure]:
+    """The earliest failure that is none of another rank's consequences.
+
+    A rank that raised tells more than one that died: NCCL ends ranks whose peer is gone.
+    """
+    ranked = sorted(failed.items(), key=lambda item: (item[1].is_consequence, item[1].is_death))
+    return ranked[0]
 
 
 def _raised(rank: int, failure: _Failure) -> BaseException:
     if failure.error is not None:
         failure.error.add_note(f"on rank {rank}:\n{failure.details}")
         return failure.error
-    error = RankError(f"rank {rank}: {failure.summary}")
+    kind = LostRankError if failure.is_death else RankError
+    error = kind(f"rank {rank}: {failure.summary}")
     if failure.details:
         error.add_note(failure.details)
     return error
 
 
 def _serve(
-    pipe: Connection, rank: int, world_size: int, device: DeviceType, timeout_s: float
+    pipe: Connection,
+    rank: int,
+    world_size: int,
+    device: DeviceType,
+    timeout_s: float,
+    stack: str,
 ) -> None:
     """A rank's life: join the process group, answer calls until told to stop."""
+    watch_stack(Path(stack))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     os.dup2(2, 1)  # whatever libraries print: the parent's stdout is for its results
     try:
         context = _join(pipe, rank, world_size, device, timeout_s)
     except Exception as err:
-        pipe.send(_failure(err))
+        pipe.send(_failure(err, "joining the other ranks"))
         return
     pipe.send(None)
     while True:
@@ -227,7 +289,7 @@ def _serve(
         except EOFError:
             break
         except Exception as err:
-            pipe.send(_failure(err))
+            pipe.send(_failure(err, "reading a call"))
             continue
         if message is None:
             break
@@ -251,7 +313,8 @@ def _answer(
     try:
         reply = pickle.dumps(fn(context, *args))
     except Exception as err:
-        reply = pickle.dumps(_failure(err))
+        reply = pickle.dumps(_failure(err, f"`{fn.__name__}`"))
+        release(err)
     pipe.send_bytes(reply)
 
 
@@ -260,6 +323,8 @@ def _join(
 ) -> RankContext:
     from datetime import timedelta
 
+    # Of a peer that is gone, the parent tells more than what each rank's store says on stderr.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
     import torch.distributed as dist
 
@@ -294,8 +359,9 @@ def _join(
     return context
 
 
-def _failure(err: BaseException) -> _Failure:
+def _failure(err: Exception, what: str) -> _Failure:
     details = "".join(traceback.format_exception(err))
+    err = explained(err, what)
     is_domain = isinstance(err, ValueError) or type(err).__module__.startswith(_PACKAGE + ".")
     kept: BaseException | None = None
     if is_domain:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 
 import torch
@@ -69,6 +70,33 @@ def die_on(ctx: RankContext, rank: int) -> None:
     if ctx.rank == rank:
         os._exit(7)
     sum_of_ranks(ctx)
+
+
+def kill_on(ctx: RankContext, rank: int) -> None:
+    """SIGKILL in the middle of a run of collectives: the others are inside one."""
+    for turn in range(1000):
+        if ctx.rank == rank and turn == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sum_of_ranks(ctx)
+
+
+def run_out_on(ctx: RankContext, rank: int) -> None:
+    """One rank finds no memory; the others wait for it in a collective."""
+    if ctx.rank == rank:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    sum_of_ranks(ctx)
+
+
+def stay_away_on(ctx: RankContext, rank: int) -> None:
+    """One rank never comes to the collective; SIGTERM does not end it."""
+    if ctx.rank == rank:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+    sum_of_ranks(ctx)
+
+
+def process_id(ctx: RankContext) -> int:
+    return os.getpid()
 
 
 def hang_on(ctx: RankContext, rank: int) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 import rank_functions as on_rank
 
-from nanoflow_tune.runtime.launch import RankError, RankGroup
+from nanoflow_tune.runtime.gpu_failures import OutOfMemoryError
+from nanoflow_tune.runtime.launch import LostRankError, RankError, RankGroup
 from nanoflow_tune.runtime.verify import VerificationError
 
 
@@ -47,6 +49,40 @@ def test_a_rank_that_hangs_ends_all_and_is_named():
         ranks.timeout_s = 1.0
         with pytest.raises(RankError, match=r"no answer from rank 1 within 1 s"):
             ranks.call(on_rank.hang_on, 1)
+
+
+def test_a_rank_killed_inside_a_collective_is_named_and_not_the_others_complaint():
+    with RankGroup(3) as ranks:
+        processes = ranks.call(on_rank.process_id)
+        began_s = time.monotonic()
+        with pytest.raises(LostRankError, match=r"^rank 1: the process died by SIGKILL") as caught:
+            ranks.call(on_rank.kill_on, 1)
+        assert time.monotonic() - began_s < 15
+        assert "host memory" in str(caught.value)
+        assert not any(map(_is_alive, processes))
+
+
+def test_a_rank_without_memory_ends_those_that_wait_for_it():
+    with RankGroup(2) as ranks:
+        processes = ranks.call(on_rank.process_id)
+        with pytest.raises(OutOfMemoryError) as caught:
+            ranks.call(on_rank.run_out_on, 1)
+        assert "no memory for `run_out_on`: 2.00 GiB were asked for" in str(caught.value)
+        assert "--num-gpus" in str(caught.value)
+        assert "on rank 1" in caught.value.__notes__[0]
+        assert not any(map(_is_alive, processes))
+
+
+def test_a_rank_that_never_comes_to_a_collective_is_told_from_the_one_that_waits():
+    with RankGroup(2, timeout_s=60.0) as ranks:
+        processes = ranks.call(on_rank.process_id)
+        ranks.timeout_s = 2.0
+        with pytest.raises(LostRankError, match=r"no answer from rank 0, 1 within 2 s") as caught:
+            ranks.call(on_rank.stay_away_on, 1)
+        told = str(caught.value)
+        assert re.search(r"rank 0 was in \w+ \(\w+\.py:\d+\), from sum_of_ranks", told)
+        assert re.search(r"rank 1 was in stay_away_on \(rank_functions\.py:\d+\)", told)
+        assert not any(map(_is_alive, processes))
 
 
 def test_fewer_than_one_rank_is_refused():
