@@ -2,7 +2,8 @@
 
 stderr shows progress; stdout holds a short table, the verdict, and one line of JSON last.
 
-    0 done   1 crash   2 bad input   3 no feasible plan   4 verification failed   130 interrupted
+    0 done   1 crash   2 bad input   3 no feasible plan   4 verification failed   5 a GPU failed
+    130 interrupted
 
 Bad input includes what the file system refuses: a read-only folder, a full disk.
 """
@@ -338,11 +339,14 @@ def _explain(err: Exception, is_debug: bool) -> int:
 
 
 def _exit_code(err: Exception) -> int:
+    from ..runtime.gpu_failures import GPU_FAILED, GpuFailureError
     from ..runtime.verify import VerificationError
     from .tune import NoFeasiblePlanError
 
     if isinstance(err, VerificationError):
         return NOT_VERIFIED
+    if isinstance(err, GpuFailureError):
+        return GPU_FAILED
     if isinstance(err, NoFeasiblePlanError):
         return NO_PLAN
     return BAD_INPUT if isinstance(err, ValueError) or _refusal(err) else CRASH

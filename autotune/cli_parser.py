@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Tune intra-device parallelism: profile, search, verify, and write one plan "
         "with a report. Without a verb it does all of it for one model.",
         epilog="exit: 0 done, 1 crash, 2 bad input, 3 no feasible plan, 4 verification failed, "
-        "130 interrupted",
+        "5 a GPU failed, 130 interrupted",
     )
     parser.add_argument("--version", action="version", version=version("nanoflow-tune"))
     parser.add_argument(

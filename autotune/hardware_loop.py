@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..profiler.progress import Advance, nothing
 from ..runtime.plan import Candidate, Schedule, Timing
 from .corrections import LEAST_PLANS, NO_CORRECTIONS, CorrectedCostModel, Corrections, Learner
+from .measured_together import Measure, measure_what_fits
 from .ping_pong_grid import best_of_grid
 from .refine import Family, ask, open_study, replayed
 from .simulator import predict
@@ -26,7 +27,6 @@ from .simulator import predict
 if TYPE_CHECKING:
     import optuna
 
-Measure = Callable[[Sequence[Schedule]], Sequence[Timing]]
 MEASURED_TOGETHER = 4
 """Trials measured in one go, interleaved, beside the incumbent."""
 PROPOSED = 2
@@ -81,6 +81,7 @@ def refine_on_hardware(
         measure=measure,
         enqueue=enqueue,
         learner=Learner(family.graph, family.cost_model, family.mix),
+        tell=tell,
     )
     for candidate in known:
         if candidate.measured is not None:
@@ -114,12 +115,15 @@ class _Loop:
     measure: Measure
     enqueue: Sequence[Mapping[str, Any]]
     learner: Learner
+    tell: Callable[[str], None] = _silent
     incumbent: tuple[Schedule, float] | None = None
     """The fastest measured schedule like those of the family, overlapped in two nano-batches, and
     its period."""
     grid: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     """Parameters that the model's studies start from."""
     num_measured: int = 0
+    lost: list[Schedule] = field(default_factory=list[Schedule])
+    """Those that found no memory."""
     seen: set[int] = field(default_factory=set[int])
     """Numbers of trials that were taken in."""
 
@@ -222,6 +226,8 @@ class _Loop:
             reason = self.why_not(schedule, us)
             if any(_is_same(schedule, other.schedule) for other in chosen):
                 reason = "in this batch already"
+            if any(_is_same(schedule, other) for other in self.lost):
+                reason = "found no memory before"
             if reason:
                 trial.set_user_attr("reason", reason)
                 self.study.tell(trial, state=states.PRUNED)
@@ -243,12 +249,23 @@ class _Loop:
         )
 
     def take_turns(self, chosen: Sequence[_Chosen]) -> list[Candidate]:
-        """Measure the chosen ones beside the incumbent, and count at its pace."""
-        beside = [] if self.incumbent is None else [self.incumbent[0]]
-        timings = self.measure([*beside, *(item.schedule for item in chosen)])
-        pace = timings[0].period_us / self.incumbent[1] if self.incumbent else 1.0
+        """Measure the chosen ones beside the incumbent, and count at its pace.
+
+        A trial that runs out of memory fails, and the search goes on.
+        """
+        incumbent = self.incumbent  # what is learned below may change it
+        beside = [] if incumbent is None else [incumbent[0]]
+        schedules = [item.schedule for item in chosen]
+        turns = measure_what_fits(self.measure, beside, schedules, self.tell)
         found: list[Candidate] = []
-        for item, timing in zip(chosen, timings[len(beside) :], strict=True):
+        for item, turn in zip(chosen, turns, strict=True):
+            timing = turn.timing
+            if timing is None:
+                item.trial.set_user_attr("reason", turn.lost)
+                self.study.tell(item.trial, state=_states().FAIL)
+                self.lost.append(item.schedule)
+                continue
+            pace = turn.base[0].period_us / incumbent[1] if incumbent else 1.0
             us = timing.period_us / pace
             self.study.tell(item.trial, us)
             self.num_measured += 1

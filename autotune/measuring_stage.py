@@ -14,7 +14,8 @@ from ..profiler import rank_jobs
 from ..profiler.profile import Profile
 from ..profiler.rank_jobs import IterationCase, OpTime, ProfileJob, ProfileRun
 from ..profiler.store import load_profile, shipped_files
-from ..runtime.launch import RankGroup
+from ..runtime.gpu_failures import GpuFailureError
+from ..runtime.launch import RankError, RankGroup, ResultT
 from ..runtime.plan import Plan, Schedule, Timing
 from ..runtime.verify import verify_plan
 from ..search_spaces.schema import ModelSpec
@@ -59,6 +60,17 @@ class MeasuringStage:
                     self._say(note)
         return self._ranks
 
+    def _call(self, fn: Callable[..., ResultT], *args: object) -> list[ResultT]:
+        """Of the running ranks; after a failure the next call starts new ones.
+
+        Ranks that ran out of memory still hold much of it, and others may wait for them.
+        """
+        try:
+            return self._running().call(fn, *args)
+        except (GpuFailureError, RankError):
+            self.close()
+            raise
+
     def profile(self, path: Path, *, take_shipped: bool = True) -> Profile:
         """Measure what neither `path` nor the shipped profile of this GPU holds.
 
@@ -78,12 +90,12 @@ class MeasuringStage:
             command=self._command,
         )
         order = ProfileRun(jobs=(job,), minutes=PROFILE_MINUTES)
-        missing = self._running().call(rank_jobs.num_missing, order)[0]
+        missing = self._call(rank_jobs.num_missing, order)[0]
         if missing:
             self._say(
                 f"{missing} coarse points to measure, then what is left of {order.minutes:g} min"
             )
-            self._running().call(rank_jobs.run_profile, order)
+            self._call(rank_jobs.run_profile, order)
         else:
             self._say("every curve was measured before on this kind of GPU: nothing to do")
         return load_profile([*shipped, *([path] if path.exists() else [])])
@@ -96,21 +108,19 @@ class MeasuringStage:
         Returns:
             One timing per schedule: times of rank 0, joules of all GPUs, mean watts and clocks.
         """
-        by_rank = self._running().call(
+        by_rank = self._call(
             rank_jobs.measure_schedules, self._case, tuple(schedules), rounds, turn_s
         )
         return [_over_ranks(timings) for timings in zip(*by_rank, strict=True)]
 
     def timelines(self, schedules: Sequence[Schedule], *, runs: int = 9) -> list[list[OpTime]]:
         """When each nano-op of each schedule ran on rank 0, medians over eager runs."""
-        by_rank = self._running().call(
-            rank_jobs.measure_timelines, self._case, tuple(schedules), runs
-        )
+        by_rank = self._call(rank_jobs.measure_timelines, self._case, tuple(schedules), runs)
         return by_rank[0]
 
     def verify(self, plan: Plan, model: ModelSpec, seed: int) -> Plan:
         """The plan with a record of each schedule, run at real widths on its partitions."""
-        self._running().call(rank_jobs.release_memory)
+        self._call(rank_jobs.release_memory)
         return verify_plan(
             plan,
             model,

@@ -32,8 +32,9 @@ from .bounds import lower_bound_us, power_limit_of, what_binds
 from .certificate import MOST_BATCHES, SpaceBound, space_bound
 from .climb import climbed, words
 from .cost_model import CostModel
-from .hardware_loop import Measure, refine_on_hardware
+from .hardware_loop import refine_on_hardware
 from .many_batches import round_robins
+from .measured_together import Measure, measure_race
 from .milp import Certificate
 from .ping_pong_grid import best_of_grid
 from .profile_faults import profile_warnings
@@ -296,10 +297,12 @@ class _Search:
     def _measure(self, chosen: Sequence[Candidate]) -> None:
         assert self.measure is not None
         self.on_progress(f"measuring {len(chosen)} schedules on the GPU")
-        timings = self.measure([candidate.schedule for candidate in chosen])
+        schedules = [candidate.schedule for candidate in chosen]
+        timings = measure_race(self.measure, schedules, self.on_progress)
         self.tried += [
             replace(candidate, measured=timing)
             for candidate, timing in zip(chosen, timings, strict=True)
+            if timing is not None
         ]
 
 

@@ -20,6 +20,7 @@ import torch
 from ..runtime.batching import DenseBatch, Request
 from ..runtime.device import device_resources
 from ..runtime.executor import Executor
+from ..runtime.gpu_failures import memory_for
 from ..runtime.kv_cache import PagedKvCache
 from ..runtime.launch import RankContext
 from ..runtime.op_graph import OpGraph
@@ -34,6 +35,10 @@ from .timing import timed_replays
 
 CLEARLY_WORSE = 0.1
 """More than a card's drift within a run can make of equal schedules."""
+MORE_GPUS = (
+    "end what else runs on the GPU, tune for more GPUs (--num-gpus), or without a GPU "
+    "(CUDA_VISIBLE_DEVICES= )"
+)
 WARM_S = 1.0
 """Of replays before the first turn; each turn warms for an eighth of itself besides."""
 
@@ -68,27 +73,31 @@ def load_model(ctx: RankContext, case: IterationCase) -> None:
         return
     unload_model(ctx)
     device = torch.device(ctx.device)
-    cache = PagedKvCache(
-        case.model,
-        num_pages=steady_pages(case.mix, case.page_size, mixed_lengths=True) + 8,
-        device=device,
-        tp_degree=case.tp_degree,
-        rank=ctx.rank,
-        page_size=case.page_size,
-        seed=case.seed,
-    )
-    cache.fill_random(case.seed)
-    ctx.state["iteration"] = Loaded(
-        case=case,
-        graph=OpGraph.build(case.model, case.tp_degree),
-        weights=random_weights(
+    pages = steady_pages(case.mix, case.page_size, mixed_lengths=True) + 8
+    with memory_for("the KV cache of the batch", MORE_GPUS):
+        cache = PagedKvCache(
+            case.model,
+            num_pages=pages,
+            device=device,
+            tp_degree=case.tp_degree,
+            rank=ctx.rank,
+            page_size=case.page_size,
+            seed=case.seed,
+        )
+        cache.fill_random(case.seed)
+    with memory_for("the weights", MORE_GPUS):
+        weights = random_weights(
             case.model,
             rank=ctx.rank,
             tp_degree=case.tp_degree,
             device=device,
             seed=case.seed,
             sharded_exactly=False,
-        ),
+        )
+    ctx.state["iteration"] = Loaded(
+        case=case,
+        graph=OpGraph.build(case.model, case.tp_degree),
+        weights=weights,
         cache=cache,
         requests=steady_requests(
             case.mix,
@@ -110,7 +119,8 @@ def loaded_for(ctx: RankContext, case: IterationCase, schedules: Sequence[Schedu
         source = random_source(
             case.model, rank=ctx.rank, device=device, seed=case.seed, sharded_exactly=False
         )
-        loaded.weights = add_o_columns(weights, source)
+        with memory_for("the output projection in its second form", MORE_GPUS):
+            loaded.weights = add_o_columns(weights, source)
     return loaded
 
 
@@ -140,7 +150,8 @@ def measure_schedules(
     executors: list[Executor] = []
     for schedule in schedules:
         first = executors[0] if executors else None
-        executors.append(captured(ctx, loaded, schedule, first))
+        with memory_for(f"buffers and CUDA graph of schedule {schedule.name!r}", MORE_GPUS):
+            executors.append(captured(ctx, loaded, schedule, first))
     counts = agree([iterations_of(executor, turn_s) for executor in executors])
     turns = [Turns() for _ in executors]
     warm(executors, counts, turn_s)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..runtime.gpu_failures import memory_for
 from ..runtime.op_graph import OpGraph, RowMix
 from ..runtime.op_shapes import RESOURCE_OF_KIND
 from ..search_spaces.schema import HardwareSpec, ModelSpec
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 KV_POOL_BYTES = 24e9
 """Pages that attention points draw from: more than the largest point needs, far beyond L2."""
+NO_MEMORY = (
+    "end what else runs on the GPU; measured rows are kept, and the same command goes on from them"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +135,8 @@ def run_profile(ctx: RankContext, order: ProfileRun) -> None:
     """Measure what the run's jobs lack; see `profile_run.py`."""
     from . import profile_run
 
-    profile_run.run(ctx, order)
+    with memory_for("profiling", NO_MEMORY):
+        profile_run.run(ctx, order)
 
 
 def measure_again(ctx: RankContext, hardware: HardwareSpec, points: Sequence[Point]) -> list[Row]:
@@ -146,7 +151,8 @@ def measure_again(ctx: RankContext, hardware: HardwareSpec, points: Sequence[Poi
     sweep = Sweep(hardware, PowerMeter(ctx.rank), KV_POOL_BYTES)
     sweep.compile(points)
     sweep.timer.heat(1000.0)
-    rows = [sweep.measure(point, with_joules=False) for point in points]
+    with memory_for("measuring rows again", NO_MEMORY):
+        rows = [sweep.measure(point, with_joules=False) for point in points]
     torch.cuda.empty_cache()
     return rows
 

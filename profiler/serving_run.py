@@ -25,6 +25,7 @@ from ..runtime.device import device_resources
 from ..runtime.engine import Engine
 from ..runtime.engine_config import EngineConfig
 from ..runtime.executor import Resources
+from ..runtime.gpu_failures import OutOfMemoryError, memory_for
 from ..runtime.kv_cache import PagedKvCache
 from ..runtime.kv_store import KvStore
 from ..runtime.launch import RankContext
@@ -43,6 +44,9 @@ from .progress import REDRAWN_AFTER_S, HandBar, TokenBar, stderr_console
 from .serving_case import RESERVED_BYTES, Contender, ServingCase, ServingRun
 
 _POLL_S = 0.1
+_MORE_GPUS = "end what else runs on the GPU, or bench a plan for more GPUs or a smaller model"
+_FEWER_PAGES = "lower --num-pages, or end what else runs on the GPU"
+_FEWER_ROWS = "lower --num-pages, --requests or --max-model-len"
 
 
 @dataclass(slots=True)
@@ -112,14 +116,16 @@ def run_contenders(
         runners: dict[str, _Kept] = {}
         for contender in contenders:
             bar.before(f"{contender.name}, making its executors")
-            runners[contender.name] = _Kept(_warm_runner(ctx, cases, loaded, contender))
+            with memory_for("the engine's buffers and CUDA graphs", _FEWER_ROWS):
+                runners[contender.name] = _Kept(_warm_runner(ctx, cases, loaded, contender))
         for case in cases:
             runs.append([])
             for contender in list(contenders) * rounds:
                 meter = _Meter(ctx.rank if ctx.device.startswith("cuda") else None)
                 runner = runners[contender.name]
                 if ctx.rank > 0:
-                    meter.measure(partial(follow, runner, loaded.group))
+                    with memory_for("a step", _FEWER_ROWS):
+                        meter.measure(partial(follow, runner, loaded.group))
                 else:
                     runs[-1].append(_lead(ctx, case, loaded, contender, runner, meter, bar))
                 _add_joules(ctx, meter, runs[-1])
@@ -199,15 +205,18 @@ def load_case(ctx: RankContext, case: ServingCase, *, with_o_columns: bool = Fal
     if loaded is not None and loaded.key == key and has_all:
         return loaded
     device = torch.device(ctx.device)
-    weights = _weights(ctx, case, device, with_o_columns)
-    cache = PagedKvCache(
-        case.model,
-        num_pages=case.num_pages or _agreed_pages(ctx, case),
-        device=device,
-        tp_degree=case.tp_degree,
-        rank=ctx.rank,
-        page_size=case.page_size,
-    )
+    with memory_for("the weights", _MORE_GPUS):
+        weights = _weights(ctx, case, device, with_o_columns)
+    num_pages = case.num_pages or _agreed_pages(ctx, case)
+    with memory_for("the KV cache", _FEWER_PAGES):
+        cache = PagedKvCache(
+            case.model,
+            num_pages=num_pages,
+            device=device,
+            tp_degree=case.tp_degree,
+            rank=ctx.rank,
+            page_size=case.page_size,
+        )
     group = step_group() if ctx.world_size > 1 else None
     ctx.state["serving"] = Loaded(key, weights, cache, group)
     return ctx.state["serving"]
@@ -240,7 +249,7 @@ def _agreed_pages(ctx: RankContext, case: ServingCase) -> int:
     if ctx.device == "cpu":
         raise ValueError("`num_pages` must be given on a CPU, where no memory limit is known")
     torch.cuda.empty_cache()  # what making the weights left behind
-    free, _ = torch.cuda.mem_get_info()
+    free, total = torch.cuda.mem_get_info()
     page_bytes = case.model.kv_bytes_per_token * case.page_size // case.tp_degree
     counts = [(free - RESERVED_BYTES) // page_bytes]
     if ctx.world_size > 1:
@@ -249,6 +258,12 @@ def _agreed_pages(ctx: RankContext, case: ServingCase) -> int:
         box: list[int] = [0] * ctx.world_size
         dist.all_gather_object(box, counts[0])
         counts = box
+    if min(counts) < 1:
+        raise OutOfMemoryError(
+            f"the KV cache must hold a page of {case.page_size} tokens beside "
+            f"{RESERVED_BYTES / 2**30:g} GiB for activations, but {free / 2**30:.2f} of "
+            f"{total / 2**30:.2f} GiB are free on GPU {ctx.rank}; {_MORE_GPUS}"
+        )
     return min(counts)
 
 
@@ -263,6 +278,7 @@ def engine_config(case: ServingCase, loaded: Loaded, contender: Contender) -> En
         page_size=case.page_size,
         offload_host_pages=contender.offload_host_pages,
         page_bytes=case.model.kv_bytes_per_token * case.page_size,
+        memory_remedy=_FEWER_ROWS,
     )
 
 
@@ -330,6 +346,8 @@ def _lead(
     meter.measure(serve)
     engine.close()
     bar.after(case.num_tokens, elapsed[0])
+    if engine.failure is not None:
+        raise engine.failure
     if failures:
         raise RuntimeError(f"{len(failures)} requests were not served whole: {failures[0]}")
     return ServingRun(

@@ -18,12 +18,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import numpy as np
 
 from .engine_config import EngineConfig
+from .gpu_failures import GpuFailureError, StalledStepError, explained
 from .model_runner import Launched, Sampled
 from .page_pool import PagePool
 from .plan_choice import Choice, Chosen, PlanBook
@@ -31,27 +32,12 @@ from .prefix_index import PrefixIndex
 from .scheduler import Scheduler
 from .scheduler_records import Step
 from .sequence import EngineStats, GenerationRequest, OnEvent, RequestRejected, TokenEvent
-from .step import StepInputs
+from .step_watch import Runner, WatchedRunner
 
 _LOGGER = logging.getLogger(__name__)
+_POLL_S, _LAST_S = 0.5, 10.0
 _SMOOTHING = 0.1
 """Weight of the last step in the running mean of step times."""
-
-
-class Runner(Protocol):
-    """What runs steps: a `ModelRunner`, or one that drives several ranks."""
-
-    def launch(self, inputs: StepInputs) -> Launched:
-        """Queue a step."""
-        ...
-
-    def collect(self, launched: Launched) -> Sampled:
-        """What a step sampled, once it has run."""
-        ...
-
-    def close(self) -> None:
-        """Give everything back."""
-        ...
 
 
 @dataclass(slots=True)
@@ -126,6 +112,7 @@ class Engine:
         self._is_closing = self._is_ready = False
         self._deadline_s = float("inf")
         self._failure: BaseException | None = None
+        self._runner: WatchedRunner | None = None
         self._time = _Clock()
         self._stats = EngineStats(kv_pages_total=config.num_pages, replaced_kernels=book.replaced)
 
@@ -156,7 +143,14 @@ class Engine:
 
     @property
     def failure(self) -> BaseException | None:
-        """What ended the engine's thread; None while it is well."""
+        """What ended the engine's thread; None while it is well.
+
+        A step that takes longer than the limit counts as failed, and ends all requests.
+        """
+        if self._failure is None and self._runner is not None:
+            stalled = self._runner.stalled()
+            if stalled is not None:
+                self._fail(stalled)  # its thread waits for the device and is given up
         return self._failure
 
     def start(self) -> None:
@@ -179,8 +173,11 @@ class Engine:
             self._is_closing = True
             self._deadline_s = self._now() + timeout_s
             self._wake.notify_all()
-        if self._thread is not None:
-            self._thread.join()
+        thread = self._thread
+        while thread is not None and thread.is_alive() and self.failure is None:
+            thread.join(_POLL_S)
+        if thread is not None and not isinstance(self.failure, StalledStepError):
+            thread.join(_LAST_S)  # what failed may leave the device in no state to be given back
 
     def submit(self, request: GenerationRequest, on_event: OnEvent) -> None:
         """Take a request; its events come from the engine's thread.
@@ -240,26 +237,37 @@ class Engine:
         return next(size for size in self._book.sizes if size >= rows)
 
     def _run(self) -> None:
-        runner: Runner | None = None
         try:
             runner = self._make_runner()
+            self._runner = WatchedRunner(runner, self.config.step_timeout_s, self._now)
             with self._wake:
                 self._is_ready = True
                 self._wake.notify_all()
-            self._loop(runner)
+            self._loop(self._runner)
+        except StalledStepError:  # whoever noticed has told the requests
+            return
         except BaseException as err:  # the thread's boundary: every request must hear of it
-            with self._wake:
-                self._failure = err
-                arrived = list(self._arrivals)
-                self._arrivals.clear()
-                self._wake.notify_all()
-            for request, on_event in arrived:
-                self._scheduler.add(request, on_event)
-            self._scheduler.fail_all(f"the engine failed: {type(err).__name__}: {err}")
-            self._publish()
+            what = "a step" if self._is_ready else "the start"
+            is_told = isinstance(err, Exception)
+            self._fail(explained(err, what, self.config.memory_remedy) if is_told else err)
         finally:
-            if runner is not None:
-                runner.close()
+            if self._runner is not None:
+                with suppress(Exception) if self._failure is not None else nullcontext():
+                    self._runner.close()
+
+    def _fail(self, err: BaseException) -> None:
+        """End every request with an error, and take no more."""
+        with self._wake:
+            self._failure = err
+            arrived = list(self._arrivals)
+            self._arrivals.clear()
+            self._wake.notify_all()
+        for request, on_event in arrived:
+            self._scheduler.add(request, on_event)
+        is_gpu = isinstance(err, GpuFailureError)
+        told = err.cause if is_gpu else f"{type(err).__name__}: {err}"
+        self._scheduler.fail_all(f"the engine failed: {told}")
+        self._publish()
 
     def _loop(self, runner: Runner) -> None:
         in_flight: _InFlight | None = None

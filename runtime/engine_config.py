@@ -50,6 +50,10 @@ class EngineConfig:
     page_bytes: int = 0
     """Of one page, all layers and ranks; for the counts in `EngineStats`."""
     seed: int = 0
+    memory_remedy: str = "give the KV cache fewer pages, or the dense batch fewer rows"
+    """What helps when a step finds no memory, in the words of the command that was given."""
+    step_timeout_s: float = 600.0
+    """A step that takes longer has hung; the first ones may wait for a compiler."""
 
     @property
     def runner_sizes(self) -> RunnerSizes:

@@ -2,6 +2,9 @@
 
 On a signal no request is taken any more, and running ones may finish within a limit; then the
 engine cancels them, and their clients are told. A second SIGINT ends all at once.
+
+An engine that failed ends the server too: probes see it for a moment, then whoever supervises the
+process starts another one.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import math
 import signal
 import socket
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -18,6 +22,8 @@ from .openai_api import OpenAiApi
 
 _KEEP_ALIVE_S = 30
 _LAST_WORDS_S = 5
+_UNWELL_S = 3.0
+"""How long `/health` tells that the engine failed, before the server ends."""
 
 
 class HttpServer(uvicorn.Server):
@@ -58,6 +64,7 @@ class HttpServer(uvicorn.Server):
         )
         self._api, self._on_start = api, on_start
         self._shutdown_timeout_s = shutdown_timeout_s
+        self._failed_s: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, then tell."""
@@ -70,6 +77,15 @@ class HttpServer(uvicorn.Server):
     def bound_port(self) -> int:
         """The port it listens on, once `started`."""
         return self.servers[0].sockets[0].getsockname()[1]
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; True ends the server."""
+        if self._api.has_failed:
+            self._failed_s = self._failed_s or time.monotonic()
+            if time.monotonic() - self._failed_s > _UNWELL_S:
+                self._api.begin_closing(0.0)
+                self.should_exit = True
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take a signal.

@@ -26,6 +26,7 @@ from starlette.exceptions import HTTPException
 from .chat_text import ChatText
 from .choice import Choice
 from .generation_run import EventBridge, GenerationRun, ServingEngine
+from .gpu_failures import GpuFailureError
 from .http_guard import ApiError, Guard, on_api_error, on_crash, on_http_error, on_invalid_body
 from .metrics import ServerMetrics
 from .openai_replies import ChatFormat, CompletionFormat, Json, ReplyFormat, ReplyHeader, usage
@@ -96,6 +97,11 @@ class OpenAiApi:
         )
         return app
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the engine will never answer again."""
+        return self._engine.failure is not None
+
     def begin_closing(self, timeout_s: float) -> None:
         """Take no more requests and let the engine end; returns at once, may be called twice.
 
@@ -147,10 +153,12 @@ class OpenAiApi:
         return self._model_card()
 
     async def health(self) -> Response:
-        """`GET /health`: 200 while requests are taken."""
+        """`GET /health`: 200 while requests are taken; what failed, in a few words."""
+        failure = self._engine.failure
+        if failure is not None:
+            reason = failure.cause if isinstance(failure, GpuFailureError) else "the engine crashed"
+            return JSONResponse({"status": "failed", "reason": reason}, 503)
         status = "closing" if self.is_closing else "ok"
-        if self._engine.failure is not None:
-            status = "failed"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     async def metrics_page(self, http: Request) -> Response:

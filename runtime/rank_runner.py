@@ -20,7 +20,7 @@ from .model_runner import Launched, Sampled
 from .step import StepInputs
 
 if TYPE_CHECKING:
-    from .engine import Runner
+    from .step_watch import Runner
 
 _PATIENCE = timedelta(days=365)
 """An idle engine tells nothing for as long as nobody asks."""
@@ -29,6 +29,11 @@ _PATIENCE = timedelta(days=365)
 def step_group() -> Any:  # noqa: ANN401 - process group
     """A group of all ranks that carries steps; every rank must make it at the same point."""
     return dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+
+def leave(group: Any) -> None:  # noqa: ANN401
+    """Close this rank's end of the group: what the others send then fails at once."""
+    dist.destroy_process_group(group)
 
 
 class LeadingRunner:

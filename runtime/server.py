@@ -4,7 +4,8 @@
 
 The API key, where one is wanted, comes from NANOFLOW_API_KEY or a file: arguments can be seen by
 every user of the machine. The URL is printed when requests are taken.
-Exit codes: 0 shut down as asked (SIGTERM, SIGINT), 1 crash, 2 bad input.
+Exit codes: 0 shut down as asked (SIGTERM, SIGINT), 1 crash, 2 bad input, 5 a GPU failed: its memory
+ran out, a rank died, or a step did not end.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .gpu_failures import GPU_FAILED, GpuFailureError, StalledStepError
 
 if TYPE_CHECKING:
     from .chat_text import ChatText
@@ -49,6 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.log_level == "debug":
             traceback.print_exc()
         return _refuse(str(err))
+    except GpuFailureError as err:
+        if options.log_level == "debug":
+            traceback.print_exc()
+        _say(f"ended: {err}")
+        if isinstance(err, StalledStepError):  # its thread would keep the interpreter from ending
+            sys.stdout.flush()
+            os._exit(GPU_FAILED)
+        return GPU_FAILED
     return DONE
 
 
@@ -57,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nanoflow-serve",
         description="Serve a checkpoint with a tuned plan, over the OpenAI API.",
-        epilog="exit: 0 shut down as asked, 1 crash, 2 bad input",
+        epilog="exit: 0 shut down as asked, 1 crash, 2 bad input, 5 a GPU failed",
     )
     add = parser.add_argument
     add("--version", action="version", version=version("nanoflow-tune"))
@@ -134,6 +145,13 @@ def build_parser() -> argparse.ArgumentParser:
         type=_positive_float,
         metavar="MS",
         help="keep steps shorter, at the price of throughput (default: no limit)",
+    )
+    add(
+        "--step-timeout",
+        type=_positive_float,
+        default=600.0,
+        metavar="SECONDS",
+        help="a step that takes longer has hung, and ends the server (%(default)g)",
     )
     add("--max-body-mib", type=_positive, default=8, help="of one request (%(default)s)")
     add(
@@ -218,6 +236,7 @@ def read_inputs(
         offload_folder=options.kv_offload_dir,
         offload_disk_bytes=_bytes(options.kv_offload_disk_gib),
         swap_bytes=_bytes(options.swap_gib),
+        step_timeout_s=options.step_timeout,
     )
     text = _chat_text(options.tokenizer, serving.folder, options.chat_template)
     setting = prepare(serving, () if text is None else text.end_token_ids, say)
@@ -250,7 +269,12 @@ def _chat_text(
 
 
 def serve_http(options: argparse.Namespace, text: ChatText | None, engine: Engine) -> None:
-    """Start an engine and serve it until a signal comes; it is closed in any case."""
+    """Start an engine and serve it until a signal comes; it is closed in any case.
+
+    Raises:
+        GpuFailureError: the engine ran out of memory, lost a rank, or waits for a step in vain.
+        Exception: whatever else the engine failed with.
+    """
     from .http_server import HttpServer
     from .openai_api import ApiOptions, OpenAiApi
 
@@ -272,6 +296,8 @@ def serve_http(options: argparse.Namespace, text: ChatText | None, engine: Engin
             log_level=options.log_level,
             on_start=lambda url: print(f"serving {name} at {url}", flush=True),
         ).run()
+        if engine.failure is not None:
+            raise engine.failure
     finally:
         engine.close(0.0)  # also when the port is taken, or two signals left no time for it
 

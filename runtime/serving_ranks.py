@@ -12,6 +12,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
+from .gpu_failures import memory_for
 from .launch import DeviceType, RankContext, RankGroup
 
 _FOR_EVER_S = 365 * 86400.0
@@ -27,7 +28,8 @@ def serve_on_ranks(options: argparse.Namespace, num_ranks: int, device: DeviceTy
         device: what each rank runs on.
 
     Raises:
-        RankError: a rank died.
+        GpuFailureError: a rank died, or ran out of memory.
+        RankError: a rank crashed.
         ValueError: a rank met bad input.
     """
     with RankGroup(num_ranks, device, timeout_s=_FOR_EVER_S) as ranks:
@@ -42,7 +44,7 @@ def _process_id(context: RankContext) -> int:
 
 
 def _serve_rank(context: RankContext, options: argparse.Namespace) -> None:
-    from .rank_runner import LeadingRunner, follow, step_group
+    from .rank_runner import LeadingRunner, follow, leave, step_group
     from .server import read_inputs, serve_http
 
     setting, text = read_inputs(options, say=lambda _: None)  # the parent has said it
@@ -53,8 +55,13 @@ def _serve_rank(context: RankContext, options: argparse.Namespace) -> None:
             setting.engine(lambda: LeadingRunner(setting.make_runner(context), step_group())),
         )
         return
-    runner = setting.make_runner(context)
-    follow(runner, step_group())
+    runner, group = setting.make_runner(context), step_group()
+    try:
+        with memory_for("a step", setting.config.memory_remedy):
+            follow(runner, group)
+    except Exception:
+        leave(group)  # so that rank 0 fails its requests now, not when it is ended
+        raise
 
 
 @contextmanager

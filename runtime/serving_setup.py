@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from ..search_spaces.loader import load_hardware, load_model
 from ..search_spaces.schema import HardwareSpec, ModelSpec
 from .engine_config import EngineConfig, LatencyTarget
+from .gpu_failures import memory_for
 from .kv_sizes import pages_for
 from .op_graph import OpGraph
 from .plan import Plan, Schedule
@@ -28,9 +29,11 @@ from .schedule import has_o_columns
 from .scheduler_records import SchedulerLimits
 
 if TYPE_CHECKING:
-    from .engine import Engine, Runner
+    from .engine import Engine
     from .launch import RankContext
     from .model_runner import ModelRunner
+    from .step_watch import Runner
+    from .weights import Weights
 
 RANDOM = "random"
 """Instead of a folder: weights drawn from a seed, for measurements."""
@@ -40,6 +43,12 @@ CPU_CACHE_BYTES = 1 << 30
 CPU_CONTEXT = 4096
 DEFAULT_MAX_RUNNING = {"cuda": 2048, "cpu": 64}
 _FP32_BYTES = 4
+_MORE_GPUS = (
+    "end what else runs on the GPU, serve a smaller model, or tune and serve on more GPUs "
+    "(nanoflow-tune --num-gpus)"
+)
+_SMALLER_CACHE = "lower --kv-cache-gib, or end what else runs on the GPU"
+_FEWER_ROWS = "lower --kv-cache-gib, --dense-batch or --max-running"
 
 DeviceType = Literal["cpu", "cuda"]
 Say = Callable[[str], None]
@@ -72,6 +81,8 @@ class ServingOptions:
     """Of files in that folder; None: as much as of host memory."""
     swap_bytes: int | None = None
     """Of host memory, for requests preempted while the cache is full; None: no limit."""
+    step_timeout_s: float = 600.0
+    """A step that takes longer has hung."""
 
     @property
     def folder(self) -> Path | None:
@@ -147,6 +158,8 @@ def prepare(
         eos_token_ids=tuple(sorted({*_end_token_ids(options.folder), *extra_end_ids})),
         latency=options.latency,
         page_bytes=page_bytes * num_gpus,
+        memory_remedy=_FEWER_ROWS,
+        step_timeout_s=options.step_timeout_s,
         **_offload_pages(options, page_bytes * num_gpus),
     )
     return RankSetting(options, plan, model, hardware, graph, book, config, device)
@@ -180,72 +193,84 @@ class RankSetting:
         """Load a rank's weights, make its cache, capture its graphs."""
         import torch
 
-        from .checkpoint import load_checkpoint
         from .device import device_resources
         from .executor import Resources
         from .kv_cache import PagedKvCache
         from .kv_store import KvStore
         from .model_runner import ModelRunner
         from .verify_rank import default_resources
-        from .weights import random_weights
 
         device, ranks = torch.device(context.device), context.world_size
         if self.device == "cpu":
             # One core is for HTTP: an op's threads wait for the slowest of them.
             torch.set_num_threads(max(1, ((os.cpu_count() or 1) - 1) // ranks))
-        folder = self.options.folder
-        gathers = has_o_columns(choice.schedule for choice in self.book.choices.values())
-        if folder is None:
-            weights = random_weights(
+        weights = self._weights(context, device)
+        with memory_for("the KV cache", _SMALLER_CACHE):
+            cache = PagedKvCache(
                 self.model,
-                rank=context.rank,
-                tp_degree=ranks,
+                num_pages=self.config.num_pages,
                 device=device,
-                seed=self.options.random_seed,
-                sharded_exactly=self.device == "cpu",
-                with_o_columns=gathers,
-            )
-        else:
-            _, weights = load_checkpoint(
-                folder,
-                rank=context.rank,
                 tp_degree=ranks,
-                device=device,
-                with_o_columns=gathers,
+                rank=context.rank,
+                page_size=self.plan.page_size,
             )
-        cache = PagedKvCache(
-            self.model,
-            num_pages=self.config.num_pages,
-            device=device,
-            tp_degree=ranks,
-            rank=context.rank,
-            page_size=self.plan.page_size,
-        )
 
         def resources_of(schedule: Schedule) -> Resources:
             if self.device == "cpu":
                 return default_resources(context, [schedule])
             return device_resources(context, self.graph, self.hardware, [schedule])
 
-        runner = ModelRunner(
-            self.graph,
-            weights,
-            cache,
-            self.book,
-            self.config.runner_sizes,
-            resources_of,
-            KvStore(cache, self.options.offload_folder, self.config.offload_host_pages),
-        )
-        if self.device == "cuda":
-            # Steps grow beyond the constant dense batch when a latency target leaves room.
-            has_target = self.config.latency.tpot_s is not None
-            usual = max(self.book.target_rows, self.config.limits.max_running)
-            began_s = time.monotonic()
-            count = runner.warm_up(None if has_target else usual)
-            if context.rank == 0:
-                took_s = time.monotonic() - began_s
-                print(f"nanoflow-serve: {count} graphs in {took_s:.0f} s", file=sys.stderr)
+        with memory_for("pinned host memory of the KV cache", "lower --kv-offload-gib"):
+            store = KvStore(cache, self.options.offload_folder, self.config.offload_host_pages)
+        with memory_for("the engine's buffers and CUDA graphs", _FEWER_ROWS):
+            runner = ModelRunner(
+                self.graph,
+                weights,
+                cache,
+                self.book,
+                self.config.runner_sizes,
+                resources_of,
+                store,
+            )
+            if self.device == "cuda":
+                self._warm_up(runner, context)
         return runner
+
+    def _weights(self, context: RankContext, device: Any) -> Weights:  # noqa: ANN401 - torch.device
+        from .checkpoint import load_checkpoint
+        from .weights import random_weights
+
+        folder = self.options.folder
+        gathers = has_o_columns(choice.schedule for choice in self.book.choices.values())
+        with memory_for("the weights", _MORE_GPUS):
+            if folder is None:
+                return random_weights(
+                    self.model,
+                    rank=context.rank,
+                    tp_degree=context.world_size,
+                    device=device,
+                    seed=self.options.random_seed,
+                    sharded_exactly=self.device == "cpu",
+                    with_o_columns=gathers,
+                )
+            _, weights = load_checkpoint(
+                folder,
+                rank=context.rank,
+                tp_degree=context.world_size,
+                device=device,
+                with_o_columns=gathers,
+            )
+            return weights
+
+    def _warm_up(self, runner: ModelRunner, context: RankContext) -> None:
+        # Steps grow beyond the constant dense batch when a latency target leaves room.
+        has_target = self.config.latency.tpot_s is not None
+        usual = max(self.book.target_rows, self.config.limits.max_running)
+        began_s = time.monotonic()
+        count = runner.warm_up(None if has_target else usual)
+        if context.rank == 0:
+            took_s = time.monotonic() - began_s
+            print(f"nanoflow-serve: {count} graphs in {took_s:.0f} s", file=sys.stderr)
 
 
 def _model(options: ServingOptions) -> ModelSpec:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..search_spaces.schema import Dtype, HardwareSpec, ModelSpec
+from .gpu_failures import memory_for
 from .launch import RankContext, RankGroup
 from .op_graph import OpGraph, OpKind
 from .plan import Bucket, NanoBatch, NanoOp, Plan, Schedule, Verification
@@ -33,6 +34,9 @@ _TORCH_VARIANTS: dict[OpKind, str] = {
     "grouped_gemm_silu": "torch_grouped",
 }
 """PyTorch's variants on CUDA that are not called `torch`; on a CPU names do not matter."""
+_NO_MEMORY = (
+    "end what else runs on the GPU, or verify scaled down without it (CUDA_VISIBLE_DEVICES= )"
+)
 _HEAD_DIM = 8
 _CPU_CONTEXTS = (28.0, 11.0)
 """Mean keys of a decode row and of a prefill row in a CPU run: two or three pages a request."""
@@ -169,10 +173,13 @@ def verify_schedule(
 
     Raises:
         VerificationError: something differs.
+        OutOfMemoryError: the schedule's widths, contexts and layers need more than is free.
     """
     from .verify_rank import verify_on_rank
 
-    return verify_on_rank(ctx, case, make_resources)
+    what = f"verifying schedule {case.schedule.name!r} on {case.num_layers} layers"
+    with memory_for(what, _NO_MEMORY):
+        return verify_on_rank(ctx, case, make_resources)
 
 
 def verify_plan(

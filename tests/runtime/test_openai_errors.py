@@ -235,7 +235,10 @@ def test_health_is_lost_with_the_engine():
     with live_server() as server:
         server.engine.failure = RuntimeError("the device is gone")
         reply = server.plain().get("/health")
-        assert (reply.status_code, reply.json()) == (503, {"status": "failed"})
+        assert (reply.status_code, reply.json()) == (
+            503,
+            {"status": "failed", "reason": "the engine crashed"},
+        )
 
 
 def test_shutdown_ends_what_does_not_finish_within_the_limit_and_tells_the_client():
