@@ -65,6 +65,18 @@ def peak_pages(growths: Sequence[Growth], page_size: int) -> float:
     return peak / page_size
 
 
+def steady_rows(
+    mean_prompt: float, mean_answer: float, room_pages: float, page_size: int
+) -> tuple[float, float]:
+    """Decode and prompt rows of each step while a full cache takes in what ends make room for.
+
+    Requests are of all ages then, so one holds its prompt and half of its answer on average.
+    """
+    answer = max(1.0, mean_answer)
+    decodes = room_pages * page_size / (mean_prompt + answer / 2 + page_size / 2)
+    return decodes, decodes * mean_prompt / answer
+
+
 def fits_peak(
     growths: Sequence[Growth],
     newcomer: Growth,

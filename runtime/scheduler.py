@@ -1,21 +1,20 @@
 """Which rows the next step computes: continuous batching with a constant dense batch.
 
 Unfinished decodes come first, one row each; prompts are cut into chunks that fill the rest exactly.
-First come, first served throughout. A waiting request is admitted when the pages that all running
-ones are expected to need at their peak fit (`admission`). When pages run out all the same, the
-latest arrival is swapped to host memory, and comes back before anything new is admitted, with no
-token computed twice. No torch here: steps are records, and pages are numbers.
+First come, first served throughout. Which prompts come in, and when, is `intake`'s concern. When
+pages run out all the same, the latest arrival is swapped to host memory, and comes back before
+anything new is admitted, with no token computed twice (`residency`). No torch here: steps are
+records, and pages are numbers.
 """
 
 from __future__ import annotations
 
 import random
-from bisect import insort
-from collections import deque
+from collections.abc import Collection
 
 import numpy as np
 
-from .admission import DecodeLengths, Growth, fits_peak
+from .intake import Intake
 from .page_pool import PagePool
 from .prefix_index import PrefixIndex
 from .request_check import check_request
@@ -30,7 +29,7 @@ from .sequence import (
     TokenEvent,
 )
 from .sequence_state import Sequence
-from .step import NOT_YET_KNOWN, Chunk, StepInputs
+from .step import NOT_YET_KNOWN, StepInputs
 
 
 class Scheduler:
@@ -54,15 +53,12 @@ class Scheduler:
             seed: of the seeds that requests without one get.
         """
         self.limits, self.pool = limits, pool
-        self.lengths = DecodeLengths(limits.expected_decode_tokens)
         self.totals = Totals()
-        self.waiting: deque[Sequence] = deque()
-        self.num_queued_prompt_tokens = 0
-        """Of the requests that wait."""
         self._sequences: dict[str, Sequence] = {}
         self._stop_token_ids = stop_token_ids
         self._index = index or PrefixIndex(0, 0, pool.page_size)
         self._residency = Residency(limits, pool, self.totals, self._fail)
+        self._intake = Intake(limits, self._residency, self._index, self.totals)
         self._rng = random.Random(seed)
         self._next_order = 0
 
@@ -70,6 +66,16 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
         return bool(self._sequences)
+
+    @property
+    def waiting(self) -> Collection[Sequence]:
+        """Requests that have not been admitted."""
+        return self._intake.waiting
+
+    @property
+    def num_queued_prompt_tokens(self) -> int:
+        """Of the requests that wait."""
+        return self._intake.num_prompt_tokens
 
     @property
     def running(self) -> list[Sequence]:
@@ -115,8 +121,7 @@ class Scheduler:
         )
         self._next_order += 1
         self._sequences[request.request_id] = sequence
-        self.waiting.append(sequence)
-        self.num_queued_prompt_tokens += sequence.num_prompt_tokens
+        self._intake.add(sequence)
 
     def cancel(self, request_id: str) -> None:
         """End a request now, whatever its state; unknown ones have ended already."""
@@ -132,7 +137,7 @@ class Scheduler:
         forming = Forming()
         self._form_decodes(forming, max_rows)
         self._residency.swap_in(forming, max_rows)
-        self._form_chunks(forming, max_rows)
+        self._intake.form_chunks(forming, max_rows)
         if not forming.decodes and not forming.chunks:
             return None
         return Step(
@@ -161,7 +166,7 @@ class Scheduler:
             sequence.on_event(details[place] if details is not None else event)
             reason = self._end_of(sequence, token)
             if reason is not None:
-                self.lengths.add(sequence.num_generated)
+                self._intake.lengths.add(sequence.num_generated)
                 self._finish(sequence, reason)
 
     def cancel_all(self) -> None:
@@ -191,84 +196,6 @@ class Scheduler:
             has_room = sequence.num_computed < len(sequence.pages) * page_size
             if has_room or self._residency.grow(sequence, sequence.num_computed + 1, forming):
                 decodes.append(sequence)
-
-    def _form_chunks(self, forming: Forming, max_rows: int) -> None:
-        """Fill the rest with prompts: those begun before, then new ones."""
-        rows = max_rows - len(forming.decodes)
-        for sequence in tuple(self.running):
-            if rows == 0 or len(forming.chunks) == self.limits.max_chunks:
-                return
-            if sequence.state == "running" and sequence.is_prefilling:
-                rows -= self._form_chunk(sequence, rows, forming)
-        while rows and self.waiting and len(forming.chunks) < self.limits.max_chunks:
-            if self.swapped or not self._residency.has_free_slot or not self._admit(forming):
-                return
-            taken = self._form_chunk(self.running[-1], rows, forming)
-            if taken == 0:
-                return
-            rows -= taken
-
-    def _admit(self, forming: Forming) -> bool:
-        """Give the first waiting request a slot if the expected peak fits."""
-        sequence = self.waiting[0]
-        key, num_pages = self._index.match(sequence.request.prompt_token_ids)
-        if forming.preempted or num_pages + 1 > self.pool.num_free:
-            return False
-        if not self._peak_fits(sequence, forming):
-            return False
-        self.waiting.popleft()
-        self.num_queued_prompt_tokens -= sequence.num_prompt_tokens
-        pages = self.pool.take(num_pages)
-        if pages:
-            self._residency.ops += self._index.load(key, tuple(pages))
-        self._residency.enter(sequence, pages)
-        sequence.num_computed = num_pages * self.pool.page_size
-        self.totals.prefix += sequence.num_computed
-        self.totals.prompt += sequence.num_computed
-        return True
-
-    def _peak_fits(self, newcomer: Sequence, forming: Forming) -> bool:
-        if forming.growths is None:
-            forming.growths = sorted(map(self._growth, self.running))
-        growth = self._growth(newcomer)
-        insort(forming.growths, growth)
-        return fits_peak(
-            forming.growths,
-            growth,
-            num_waiting=len(self.waiting),
-            room_pages=self.limits.admitted_fraction * self.pool.num_pages,
-            page_size=self.pool.page_size,
-            tile_rows=self.limits.tile_rows,
-        )
-
-    def _growth(self, sequence: Sequence) -> Growth:
-        generated = sequence.num_generated + sequence.num_in_flight
-        remaining = self.lengths.remaining(generated, sequence.max_tokens)
-        return -remaining, max(sequence.num_computed, sequence.num_prompt_tokens)
-
-    def _form_chunk(self, sequence: Sequence, rows: int, forming: Forming) -> int:
-        """Add the next prompt tokens of a sequence, as many as rows and pages allow."""
-        start, end = sequence.num_computed, sequence.num_prompt_tokens
-        count = min(rows, end - start)
-        room = len(sequence.pages) + self.pool.num_free
-        if sequence is self.running[0] and not forming.decodes and not forming.chunks:
-            # The oldest request must get on, or a cache full of begun prompts would never empty.
-            if not self._residency.grow(sequence, start + count, forming):
-                return 0
-        else:
-            count = min(count, room * self.pool.page_size - start)
-            if count <= 0:
-                return 0
-            self._residency.grow(sequence, start + count, forming)
-        tokens = sequence.request.prompt_token_ids[start : start + count]
-        chunk = Chunk(
-            slot=sequence.slot,
-            first_position=start,
-            token_ids=tokens,
-            is_complete=start + count == end,
-        )
-        forming.chunks.append((sequence, chunk))
-        return count
 
     def _inputs(self, forming: Forming) -> StepInputs:
         """Numbers of the step; counts its rows as computed and its tokens as in flight."""
@@ -305,8 +232,7 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence, reason: FinishReason, message: str = "") -> None:
         if sequence.state == "waiting":
-            self.waiting.remove(sequence)
-            self.num_queued_prompt_tokens -= sequence.num_prompt_tokens
+            self._intake.remove(sequence)
         elif sequence.state == "swapped":
             self._residency.drop_swapped(sequence)
         else:
