@@ -28,6 +28,9 @@ Why this is right
 
 Every rank sends its whole rows to every peer: the least for two ranks. From four ranks on, copies
 in two phases (reduce-scatter, all-gather) would send less, (N-1)/N twice instead of N - 1 times.
+`Inbox.scatter` is the first of them: each peer gets the rows that it sums and normalises, and
+`GatherBuffer.exchange_rows` sends normalised rows to all. Between two ranks that moves as much over
+the links, but half of the norm's reads and writes and of the inbox's are gone.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ import torch
 from torch import Tensor
 
 from .registry import Received, register
-from .row_signals import FREE, SENT, RowSignals, Signals, copy, signal_bytes
+from .row_signals import FREE, SENT, RowSignals, Signals, copy, shard_of, signal_bytes
 from .symmetric import SymmetricBuffer
 from .symmetric_all_reduce import add_received
 
@@ -84,6 +87,26 @@ class Inbox:
             ValueError: rows that do not fit the inbox.
             CudaDriverError: the driver refuses.
         """
+        every = (0, x_TD.shape[0])
+        self._send(x_TD, first_row, dict.fromkeys(self._signals.peers, every))
+
+    def scatter(self, x_TD: Tensor, first_row: int) -> None:
+        """Send each peer its shard of the rows and wait for the peers' part of this rank's.
+
+        What arrives are rows `first_row + start` to `first_row + end` of `received`, where
+        (start, end) is this rank's `shard_of` the rows.
+
+        Raises:
+            ValueError: rows that do not fit the inbox.
+            CudaDriverError: the driver refuses.
+        """
+        shards = {
+            peer: shard_of(x_TD.shape[0], peer, self.world_size) for peer in self._signals.peers
+        }
+        self._send(x_TD, first_row, shards)
+
+    def _send(self, x_TD: Tensor, first_row: int, parts: Mapping[int, tuple[int, int]]) -> None:
+        """Send each peer a part of the rows, (start, end) within `x_TD`, between two meetings."""
         end = first_row + x_TD.shape[0]
         if x_TD.shape[1] != self.width or x_TD.dtype != self.dtype or end > self.num_rows:
             raise ValueError(
@@ -93,11 +116,13 @@ class Inbox:
         if not x_TD.is_contiguous():
             raise ValueError(f"`x_TD` must be contiguous, but has strides {x_TD.stride()}")
         self._signals.meet(FREE, first_row)
-        for peer in self._signals.peers:
-            place = self.rank * self._slot_rows + first_row
+        for peer, (start, stop) in parts.items():
+            place = self.rank * self._slot_rows + first_row + start
             target = self._buffer.addresses[peer] + self._buffer.flag_bytes
-            num_bytes = x_TD.numel() * x_TD.element_size()
-            copy(target + place * self._row_bytes, x_TD.data_ptr(), num_bytes)
+            source = x_TD.data_ptr() + start * self._row_bytes
+            if stop > start:
+                num_bytes = (stop - start) * self._row_bytes
+                copy(target + place * self._row_bytes, source, num_bytes)
         self._signals.meet(SENT, first_row)
 
 

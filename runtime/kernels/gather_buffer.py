@@ -26,7 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .row_signals import FREE, SENT, RowSignals, Signals, copy_rows, signal_bytes
+from .row_signals import (
+    FREE,
+    SENT,
+    RowSignals,
+    Signals,
+    copy,
+    copy_rows,
+    shard_of,
+    signal_bytes,
+)
 from .symmetric import SymmetricBuffer
 
 KEY = "gathered"
@@ -83,6 +92,30 @@ class GatherBuffer:
             copy_rows(
                 places[rank], self.row_bytes, x_TW.data_ptr(), pitch, width_bytes, x_TW.shape[0]
             )
+        self._signals.meet(SENT, first_row)
+
+    def exchange_rows(self, first_row: int, num_rows: int) -> None:
+        """Copy engines send this rank's `shard_of` some rows of this buffer to all peers, in place.
+
+        Only copies and signals on the current stream. Whoever read the rows on this rank before
+        must be ahead of it there, as for `exchange`.
+
+        Raises:
+            ValueError: rows outside of the buffer.
+            CudaDriverError: the driver refuses.
+        """
+        if first_row < 0 or first_row + num_rows > self.num_rows:
+            raise ValueError(
+                f"the gather buffer holds {self.num_rows} rows, but got rows [{first_row}, "
+                f"{first_row + num_rows}): ask `output_rows` for more"
+            )
+        start, end = shard_of(num_rows, self.rank, self.world_size)
+        offset = self._buffer.flag_bytes + (first_row + start) * self.row_bytes
+        places = [address + offset for address in self._buffer.addresses]
+        self._signals.meet(FREE, first_row)
+        for peer in self._signals.peers:
+            if end > start:
+                copy(places[peer], places[self.rank], (end - start) * self.row_bytes)
         self._signals.meet(SENT, first_row)
 
 

@@ -27,6 +27,13 @@ def signal_bytes(num_rows: int, world_size: int) -> int:
     return -(-2 * num_rows * world_size * _WORD_BYTES // 256) * 256
 
 
+def shard_of(num_rows: int, rank: int, world_size: int) -> tuple[int, int]:
+    """(start, end) of the rows that a rank has of so many; the last ranks may have none."""
+    shard = -(-num_rows // world_size)
+    start = min(rank * shard, num_rows)
+    return start, min(start + shard, num_rows)
+
+
 class RowSignals:
     """The signals of one symmetric buffer, as seen from this rank."""
 

@@ -84,6 +84,51 @@ def odd_sizes_in_a_row(ctx: RankContext, variant: str) -> list[bytes]:
     return [result.cpu().view(torch.int16).numpy().tobytes() for result in results]
 
 
+def sharded_norms(ctx: RankContext, rows: int) -> None:
+    """Scatter, norm of this rank's rows, gather: the bits of a norm of all rows, in a graph too."""
+    from nanoflow_tune.runtime.kernels.row_signals import shard_of
+
+    _, group = group_of(ctx, "copy_engine")
+    norm = registry.kernel("norm", "triton", "cuda")
+    width, first_row = 1024, 3
+    inbox = group["copy_engine"].inbox(first_row + rows, width, torch.bfloat16)
+    gathered = group["gathered"].buffer(first_row + rows, width, torch.bfloat16, "sharded")
+    weight = torch.ones(width, device=ctx.device, dtype=torch.bfloat16)
+    start, end = shard_of(rows, ctx.rank, ctx.world_size)
+    source = torch.zeros(rows, width, device=ctx.device, dtype=torch.bfloat16)
+    residual = torch.zeros_like(source)
+    place = slice(first_row + start, first_row + end)
+
+    def run() -> None:
+        residual.zero_()
+        inbox.scatter(source, first_row)
+        if end > start:
+            received = inbox.received(first_row + start, first_row + end)
+            own = residual[start:end], source[start:end]
+            norm(*own, weight, gathered.rows_TD[place], 1e-5, SMS, received)
+        gathered.exchange_rows(first_row, rows)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        run()
+    for turn in range(20):
+        parts = partials(ctx, rows, turn, width)
+        source.copy_(parts[ctx.rank])
+        total, expected = sum_in_order(parts), torch.empty_like(source)
+        whole = torch.zeros_like(source)
+        norm(whole, total, weight, expected, 1e-5, SMS)
+        if turn % 2:
+            run()
+        else:
+            graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(gathered.rows_TD[first_row : first_row + rows], expected), turn
+        assert torch.equal(residual[start:end], whole[start:end]), turn
+        torch.distributed.barrier()
+
+
 def large_rows(ctx: RankContext, variant: str) -> None:
     """16 MiB, then more rows than the first inbox and buffer hold."""
     name, group = group_of(ctx, variant)

@@ -76,6 +76,11 @@ def test_sums_of_odd_sizes_in_a_row_are_right_and_equal_on_all_ranks(ranks, on_r
     assert first == second
 
 
+@pytest.mark.parametrize("rows", [1, 2, 129, 1024])
+def test_norms_of_shards_give_the_bits_of_a_norm_of_all_rows(ranks, on_rank, rows):
+    ranks.call(on_rank.sharded_norms, rows)
+
+
 @pytest.mark.parametrize("variant", ["symm_one_shot_16", "symm_two_shot_16", "copy_engine_add"])
 def test_buffers_grow_with_the_rows(ranks, on_rank, variant):
     ranks.call(on_rank.large_rows, variant)

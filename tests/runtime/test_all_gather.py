@@ -144,6 +144,31 @@ def fake_buffers(monkeypatch):
     return make
 
 
+@pytest.mark.parametrize(("rank", "world_size", "num_rows"), [(0, 2, 5), (2, 3, 7), (3, 4, 3)])
+def test_a_shard_of_rows_goes_to_the_same_place_on_every_peer(
+    fake_buffers, monkeypatch, rank, world_size, num_rows
+):
+    buffers, issued = fake_buffers(rank, world_size)
+    monkeypatch.setattr(gather_buffer, "copy", lambda *region: issued.append(("rows", *region)))
+    buffer = buffers.buffer(64, 4, torch.float32)
+    first_row, row_bytes = 9, 16
+    buffer.exchange_rows(first_row, num_rows)
+    copies = [op[1:] for op in issued if op[0] == "rows"]
+    start, end = row_signals.shard_of(num_rows, rank, world_size)
+    source = buffer.rows_TD[first_row + start :].data_ptr()
+    offset = row_signals.signal_bytes(2048, world_size) + (first_row + start) * row_bytes
+    peers = [peer for peer in range(world_size) if peer != rank]
+    assert sorted(copies) == [
+        (((peer + 1) << 50) + offset, source, (end - start) * row_bytes)
+        for peer in peers
+        if end > start
+    ]
+    kinds = [op[0] for op in issued if op[0] != "rows"]
+    assert kinds.count("wait") == 2 * len(peers)
+    with pytest.raises(ValueError, match="holds 2048 rows"):
+        buffer.exchange_rows(2047, 2)
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 2), (2, 3)])
 def test_copies_fill_this_ranks_columns_on_every_rank(fake_buffers, rank, world_size, in_place):

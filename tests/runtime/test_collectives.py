@@ -136,6 +136,43 @@ def test_an_exchange_is_right_under_every_timing(monkeypatch, signals, world_siz
         assert not any(memory.values())
 
 
+@pytest.mark.parametrize(("rank", "world_size", "num_rows"), [(0, 2, 7), (1, 2, 7), (2, 4, 5)])
+def test_scattered_rows_go_to_the_rank_whose_shard_they_are(
+    monkeypatch, rank, world_size, num_rows
+):
+    copies = []
+    monkeypatch.setattr(dist, "get_world_size", lambda: world_size)
+    monkeypatch.setattr(
+        copy_engine,
+        "SymmetricBuffer",
+        lambda num_bytes, flag_bytes: FakeBuffer(rank, world_size, num_bytes, flag_bytes),
+    )
+    monkeypatch.setattr(row_signals.RowSignals, "meet", lambda self, phase, row: None)
+    monkeypatch.setattr(copy_engine, "copy", lambda *region: copies.append(region))
+    inbox = copy_engine.Inbox(64, 8, torch.float32)
+    x, first_row, row_bytes = torch.zeros(num_rows, 8), 11, 32
+    inbox.scatter(x, first_row)
+    slot_rows = 64 + 16
+    expected = {}
+    for peer in range(world_size):
+        start, end = row_signals.shard_of(num_rows, peer, world_size)
+        if peer != rank and end > start:
+            base = ((peer + 1) << 40) + row_signals.signal_bytes(64, world_size)
+            place = base + (rank * slot_rows + first_row + start) * row_bytes
+            expected[place] = (x.data_ptr() + start * row_bytes, (end - start) * row_bytes)
+    assert {target: rest for target, *rest in copies} == {
+        target: list(rest) for target, rest in expected.items()
+    }
+    assert len(copies) == len(expected)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 8, 129])
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_shards_of_rows_cover_them_once(num_rows, world_size):
+    shards = [row_signals.shard_of(num_rows, rank, world_size) for rank in range(world_size)]
+    assert [row for start, end in shards for row in range(start, end)] == list(range(num_rows))
+
+
 def test_rows_that_do_not_fit_the_inbox_are_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"64 rows of 8 .* got rows \[60, 70\)"):
         operations_of(monkeypatch, 0, 2, "write", [(60, 10)])
