@@ -74,11 +74,20 @@ class _Failure:
     summary: str
     details: str
     is_death: bool = False
+    exit_code: int | None = None
 
     @property
-    def is_consequence(self) -> bool:
-        """Of something on another rank, most likely: that one is told where there is one."""
-        return isinstance(self.error, CollectiveError)
+    def remoteness(self) -> int:
+        """From the first cause: what another rank's failure may have led to comes later.
+
+        When a peer is gone, NCCL aborts a rank or its collectives fail, and kernels that wrote to
+        the peer's memory end in CUDA errors.
+        """
+        if self.is_death:
+            return 3 if self.exit_code == -signal.SIGABRT else 1
+        if self.error is not None:
+            return 4 if isinstance(self.error, CollectiveError) else 0
+        return 2
 
 
 class RankGroup:
@@ -241,16 +250,13 @@ class RankGroup:
     def _death(self, rank: int) -> _Failure:
         process = self._processes[rank]
         process.join(_GRACE_S)
-        return _Failure(None, death_told(process.exitcode), "", is_death=True)
+        code = process.exitcode
+        return _Failure(None, death_told(code), "", is_death=True, exit_code=code)
 
 
 def _first_cause(failed: dict[int, _Failure]) -> tuple[int, _Failure]:
-    """The earliest failure that is none of another rank's consequences.
-
-    A rank that raised tells more than one that died: NCCL ends ranks whose peer is gone.
-    """
-    ranked = sorted(failed.items(), key=lambda item: (item[1].is_consequence, item[1].is_death))
-    return ranked[0]
+    """The failure closest to the first cause, of equal ones the earliest."""
+    return min(failed.items(), key=lambda item: item[1].remoteness)
 
 
 def _raised(rank: int, failure: _Failure) -> BaseException:
