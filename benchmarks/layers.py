@@ -6,9 +6,13 @@
 The search makes schedules from the profile (`--search-only` needs no GPU and stores them for
 `--schedules`). All sequential and the best overlapped ones take turns as CUDA graphs of 16 and of 4
 layers; a layer is a twelfth of the difference. The two best of each kind meet once more in a longer
-run; the figure is the ratio of the best there. `layer_limit` sets the winner's period against what
-the power cap allows: dynamic joules of its ops alone, measured in the same run and brought to the
-plan's clock, over the watts that the cap leaves beside static power.
+run; the figure is the ratio of the best there.
+
+`layer_limit` sets the winner's period against what the power cap allows: dynamic joules of its ops
+alone, measured in the same run and brought to the plan's clock, over the watts that the cap leaves
+beside static power. The ops' kernels run round and round, each alone on the whole GPU, for seconds
+at the cap: that gives their joules at a clock near the plan's. A second row of that figure has no
+reach: there each op is measured for a third of a second at whatever clock it then has.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import log, prod
 from typing import TYPE_CHECKING
 
@@ -51,6 +55,7 @@ from nanoflow_tune.search_spaces.schema import HardwareSpec
 
 if TYPE_CHECKING:
     from nanoflow_tune.profiler.layer_turns import LayerTurns
+    from nanoflow_tune.profiler.timing import InTurn
 
 RACE_ROUNDS, RACE_TURN_S = 2, 0.25
 FINAL_ROUNDS, FINAL_TURN_S = 5, 0.5
@@ -63,6 +68,19 @@ SMALL_SHARE = 0.48
 FIGURES = {"8b": ("layer_8b", ">= 0.99"), "70b": ("layer_70b_tp2", ">= 1.00")}
 """Id and reach by case."""
 LIMIT_REACH = "<= 1.05"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solo:
+    """A plan's kernels alone on the whole GPU, on one rank."""
+
+    rows: list[Row]
+    """One by one, with joules."""
+    small: Row
+    """The largest GEMM on few SMs."""
+    in_turn: InTurn
+    static_w: float
+    cap_w: float
 
 
 def contenders(race: Sequence[Candidate], graph: OpGraph) -> list[Schedule]:
@@ -140,9 +158,9 @@ def limit_us(
 
 
 def measure_solo(
-    ctx: RankContext, case: IterationCase, points: tuple[Point, ...]
-) -> tuple[list[Row], float, float]:
-    """Rows with joules, static watts and the cap; runs on every rank, collectives in step."""
+    ctx: RankContext, case: IterationCase, points: tuple[Point, ...], small: Point
+) -> Solo:
+    """Kernels alone, one by one and in turn; runs on every rank, collectives in step."""
     import torch
     import torch.distributed as dist
 
@@ -159,8 +177,9 @@ def measure_solo(
     groups = lane_groups(ctx, ())
     network = groups["network"] if groups is not None else None
     sweep = Sweep(case.hardware, PowerMeter(ctx.rank), KV_POOL_BYTES, network)
-    static_w = sweep.static_watts()
     sweep.timer.heat(1000.0)
+    static_w = sweep.static_watts()  # of a hot card, which leaks more
+    sweep.timer.heat(500.0)
 
     def agree(values: list[int]) -> list[int]:
         box = [values]
@@ -171,30 +190,48 @@ def measure_solo(
         sweep.measure_collective_joules(point, agree)
         if is_collective(point.kind)
         else sweep.measure(point, with_joules=True)
-        for point in points
+        for point in (*points, small)
     ]
-    return rows, static_w, sweep.meter.power_cap_w
+    in_turn = sweep.measure_in_turn(points, agree if groups is not None else list)
+    return Solo(
+        rows=rows[:-1],
+        small=rows[-1],
+        in_turn=in_turn,
+        static_w=static_w,
+        cap_w=sweep.meter.power_cap_w,
+    )
 
 
-def _limit(
+def _limits(
     ranks: RankGroup, case: IterationCase, schedule: Schedule, turns: LayerTurns, graph: OpGraph
-) -> float:
-    """Power-limited time of a layer of the schedule, on the first rank."""
+) -> tuple[float, float]:
+    """Power-limited times of a layer of the schedule, on the first rank: in turn, by rows."""
     num_sms = case.hardware.num_sms
     points = solo_points(schedule, graph, num_sms)
     gemms = [point for point in points if point.kind in GEMM_KINDS]
     large = max(gemms, key=lambda point: point.tokens * prod(shape_numbers(point.shape)))
     sizes = case.hardware.sm_granularity
     small = replace(large, num_sms=sizes * round(SMALL_SHARE * num_sms / sizes))
-    found = ranks.call(measure_solo, case, (*points, small))
-    rows, static_w, cap_w = found[0]
-    for row in rows:
+    solo = ranks.call(measure_solo, case, tuple(points), small)[0]
+    for row in (*solo.rows, solo.small):
         say(f"{row.point.kind} {row.point.variant}: {row.joules:.4f} J, {row.sm_clock_mhz:.0f} MHz")
-    exponent = clock_exponent(rows[points.index(large)], rows[-1], static_w)
+    exponent = clock_exponent(solo.rows[points.index(large)], solo.small, solo.static_w)
     say(
-        f"dynamic joules rise with clock^{exponent:.2f}; static {static_w:.0f} W, cap {cap_w:.0f} W"
+        f"dynamic joules rise with clock^{exponent:.2f}; static {solo.static_w:.0f} W, cap "
+        f"{solo.cap_w:.0f} W"
     )
-    return limit_us(rows[:-1], exponent, turns.sm_clock_mhz, static_w, cap_w)
+    in_turn = solo.in_turn
+    say(
+        f"in turn: {in_turn.us:.1f} us, {in_turn.watts:.0f} W, {in_turn.sm_clock_mhz:.0f} MHz, "
+        f"{in_turn.dynamic_joules(solo.static_w):.4f} J beyond static; the plan "
+        f"{(turns.watts - solo.static_w) * statistics.median(turns.layer_us) * 1e-6:.4f} J at "
+        f"{turns.sm_clock_mhz:.0f} MHz"
+    )
+    at_plan = in_turn.dynamic_joules(solo.static_w) * (
+        (turns.sm_clock_mhz / in_turn.sm_clock_mhz) ** exponent
+    )
+    by_rows = limit_us(solo.rows, exponent, turns.sm_clock_mhz, solo.static_w, solo.cap_w)
+    return 1e6 * at_plan / (solo.cap_w - solo.static_w), by_rows
 
 
 def measure(
@@ -228,15 +265,17 @@ def measure(
         best = fastest(final, range(len(alone)))
         rival = fastest(final, range(len(alone), len(finalists)))
         winner = fastest(final, (best, rival))
-        limit = _limit(ranks, iteration, finalists[winner], final[winner], graph)
+        limit, by_rows = _limits(ranks, iteration, finalists[winner], final[winner], graph)
     ratios = [a / b for a, b in zip(final[best].layer_us, final[rival].layer_us, strict=True)]
-    beyond = [us / limit for us in final[winner].layer_us]
-    say(f"power limit {limit:.1f} us a layer")
+    won_us = final[winner].layer_us
+    say(f"power limit {limit:.1f} us a layer in turn, {by_rows:.1f} us by single rows")
     figure_id, reach = FIGURES[case.name]
+    label = f"{case.label}, {finalists[winner].name}"
     return [
         _figure(figure_id, case.label, ratios, reach, origin),
+        _figure("layer_limit", label, [us / limit for us in won_us], LIMIT_REACH, origin),
         _figure(
-            "layer_limit", f"{case.label}, {finalists[winner].name}", beyond, LIMIT_REACH, origin
+            "layer_limit", f"{label}, single rows", [us / by_rows for us in won_us], "", origin
         ),
     ]
 

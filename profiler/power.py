@@ -9,12 +9,13 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from statistics import mean
 from types import TracebackType
 from typing import Any
 
 from .visible_gpus import visible_gpus
 
-_POLL_S = 0.002
+_POLL_S, _POLLS_PER_CLOCK = 0.002, 20
 
 
 class EnergyCounterMissingError(RuntimeError):
@@ -22,10 +23,11 @@ class EnergyCounterMissingError(RuntimeError):
 
 
 class PowerMeter:
-    """Reads one GPU, numbered as CUDA does; as a context manager watts and joules of its time.
+    """Reads one GPU, numbered as CUDA does; as a context manager watts, joules, clock of its time.
 
     The counter stands still between its updates, so a thread watches it and the watts are the
-    slope between the first and the last update seen; joules are watts x enclosed time.
+    slope between the first and the last update seen; joules are watts x enclosed time. Single
+    readings of the clock differ by several percent at the power cap: the thread takes their mean.
     """
 
     def __init__(self, device_index: int) -> None:
@@ -35,10 +37,11 @@ class PowerMeter:
         pynvml.nvmlInit()
         self._handle = visible_gpus(pynvml)[device_index]
         self._updates: list[tuple[float, float]] = []
+        self._clocks_mhz: list[float] = []
         self._stop = threading.Event()
         self._watcher: threading.Thread | None = None
         self._start_s = 0.0
-        self.joules = self.watts = 0.0
+        self.joules = self.watts = self.mean_sm_clock_mhz = 0.0
 
     @property
     def sm_clock_mhz(self) -> float:
@@ -82,15 +85,17 @@ class PowerMeter:
         return sum(process.pid != os.getpid() for process in running)
 
     def _watch(self) -> None:
-        last = self.total_joules
+        last, polls = self.total_joules, 0
         while not self._stop.wait(_POLL_S):
-            now = self.total_joules
+            now, polls = self.total_joules, polls + 1
+            if polls % _POLLS_PER_CLOCK == 0:
+                self._clocks_mhz.append(self.sm_clock_mhz)
             if now != last:
                 self._updates.append((time.perf_counter(), now))
                 last = now
 
     def __enter__(self) -> PowerMeter:
-        self._updates, self._start_s = [], time.perf_counter()
+        self._updates, self._clocks_mhz, self._start_s = [], [], time.perf_counter()
         self._stop.clear()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         if self.has_energy_counter:
@@ -109,6 +114,7 @@ class PowerMeter:
             self._watcher.join()
         self.watts = slope(self._updates)
         self.joules = self.watts * elapsed_s
+        self.mean_sm_clock_mhz = mean(self._clocks_mhz) if self._clocks_mhz else self.sm_clock_mhz
 
 
 def slope(updates: Sequence[tuple[float, float]]) -> float:

@@ -26,7 +26,7 @@ from .energy import point_costs
 from .interference import Together
 from .power import PowerMeter
 from .profile import PairRow, Point, Row, TripleRow
-from .timing import BATCH_MS, Batch, Joules, Samples, Timer
+from .timing import BATCH_MS, Batch, InTurn, Joules, Samples, Timer
 from .timing import Together as Side
 
 FRONT, BACK = "front", "back"
@@ -38,6 +38,7 @@ SUSTAINED_VARIANTS = 2
 JOULE_S, JOULE_WARM_S, ALONE_S, TOGETHER_S = 0.32, 0.06, 0.04, 0.4
 """The energy counter advances every 20 to 100 ms: two updates and more in `JOULE_S`. Its warm-up
 comes behind the samples of the same kernel, 18 ms and more."""
+IN_TURN_S, IN_TURN_WARM_S, CALLS_IN_TURN = 2.0, 1.0, 8
 
 
 def share_slots(num_sms: int, split: SmSplit) -> dict[Slot, GroupRange]:
@@ -247,6 +248,25 @@ class Sweep:
         agreed_us = agree([round(samples.median_us * 1e3)])[0] / 1e3
         joules = self.timer.joules_per_call(batch, agreed_us, JOULE_S, JOULE_WARM_S)
         return _row(point, samples, joules)
+
+    def measure_in_turn(
+        self, points: Sequence[Point], agree: Callable[[list[int]], list[int]] = _as_they_are
+    ) -> InTurn:
+        """Kernels of points round and round, each alone, for seconds at the power cap.
+
+        Joules of single rows are of a card that has not yet settled at its cap, and differ by 8 %
+        from run to run; their sum in one run, at the clock that they have together, does not.
+        """
+        batches: list[Batch] = []
+        for point in points:
+            calls, stream = self._cases.calls(point, self._groups), self.stream(point.num_sms)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for call in calls:
+                    call()
+            torch.cuda.synchronize()
+            batches.append(Batch(calls, stream, CALLS_IN_TURN))
+        return self.timer.in_turn(batches, IN_TURN_S, IN_TURN_WARM_S, agree)
 
     def measure_together(
         self, points: Together, agree: Callable[[list[int]], list[int]] = _as_they_are

@@ -61,6 +61,20 @@ class Joules:
     sm_clock_mhz: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InTurn:
+    """Kernels one after the other, each alone: what one call of each takes in all."""
+
+    us: float
+    watts: float
+    """Board power; nan without a counter."""
+    sm_clock_mhz: float
+
+    def dynamic_joules(self, static_w: float) -> float:
+        """Of one call of each, beyond static power."""
+        return (self.watts - static_w) * self.us * 1e-6
+
+
 class Batch:
     """Calls captured into one CUDA graph on one stream, replayed as a unit."""
 
@@ -237,18 +251,53 @@ class Timer:
             batch.replay()
         torch.cuda.synchronize()
         with self.meter as meter:
-            for _ in range(count // 2):
+            for _ in range(count):
                 batch.replay()
-            half = torch.cuda.Event()
-            half.record()
-            for _ in range(count - count // 2):
-                batch.replay()
-            half.synchronize()
-            clock = meter.sm_clock_mhz
             torch.cuda.synchronize()
         return Joules(
-            per_call=meter.joules / (count * batch.num_calls), watts=meter.watts, sm_clock_mhz=clock
+            per_call=meter.joules / (count * batch.num_calls),
+            watts=meter.watts,
+            sm_clock_mhz=meter.mean_sm_clock_mhz,
         )
+
+    def in_turn(
+        self,
+        batches: Sequence[Batch],
+        seconds: float,
+        warm_s: float,
+        agree: Callable[[list[int]], list[int]],
+    ) -> InTurn:
+        """Replay batches one after the other, round and round, so long that the cap is enforced.
+
+        Args:
+            batches: with equally many calls each.
+            seconds: while watts, clock and time are taken.
+            warm_s: before that.
+            agree: gives all ranks that share a collective the same counts.
+        """
+        (calls,) = {batch.num_calls for batch in batches}
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(2):  # the first one also warms
+            begin.record()
+            for batch in batches:
+                batch.replay()
+            end.record()
+        end.synchronize()
+        once_s = begin.elapsed_time(end) * 1e-3
+        warm, count = agree([max(1, round(s / once_s)) for s in (warm_s, seconds)])
+        for _ in range(warm):
+            for batch in batches:
+                batch.replay()
+        torch.cuda.synchronize()
+        with self.meter as meter:
+            begin.record()
+            for _ in range(count):
+                for batch in batches:
+                    batch.replay()
+            end.record()
+            torch.cuda.synchronize()
+        us = 1e3 * begin.elapsed_time(end) / (count * calls)
+        return InTurn(us=us, watts=meter.watts, sm_clock_mhz=meter.mean_sm_clock_mhz)
 
 
 def steps_while_all_ran(

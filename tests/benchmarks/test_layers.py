@@ -103,9 +103,9 @@ def test_the_figures_come_from_the_final_of_the_fastest_of_each_kind(
             return SimpleNamespace(layer_us=(us, us), watts=700.0, sm_clock_mhz=1500.0, error="")
 
     monkeypatch.setattr(layers, "gpu_ranks", Ranks)
-    monkeypatch.setattr(layers, "_limit", lambda *_: 50.0)
+    monkeypatch.setattr(layers, "_limits", lambda *_: (50.0, 40.0))
     origin = {"command": "x", "commit": "abc", "gpu": "a GPU", "date": "2026-01-01"}
-    ratio, limit = layers.measure(case, load_hardware("h200"), schedules, origin)
+    ratio, limit, by_rows = layers.measure(case, load_hardware("h200"), schedules, origin)
     final = calls[1]
     assert schedules[0] not in final
     assert len(final) == 2 * layers.FINALISTS
@@ -115,6 +115,7 @@ def test_the_figures_come_from_the_final_of_the_fastest_of_each_kind(
     )
     assert (ratio.id, ratio.value) == ("layer_8b", pytest.approx(best / rival))
     assert (limit.id, limit.value) == ("layer_limit", pytest.approx(best / 50.0))
+    assert (by_rows.reach, by_rows.value) == ("", pytest.approx(best / 40.0))
 
 
 def test_solo_points_are_the_nano_ops_of_the_plan_on_the_whole_gpu(layers, schedules, graph):
@@ -137,6 +138,33 @@ def test_the_power_limit_is_dynamic_joules_at_the_plans_clock_over_the_free_watt
     assert slower == pytest.approx(1e6 / 700 / 4)
     with pytest.raises(ValueError, match="joules of every op"):
         layers.limit_us([replace(rows[0], joules_source="missing")], 0.0, 1500.0, 100.0, 700.0)
+
+
+def test_the_limit_takes_joules_in_turn_to_the_plans_clock(layers, case, schedules, graph):
+    """0.6 J beyond static in turn, a plan at half of that clock, joules with the clock: 0.3 J."""
+    pytest.importorskip("torch")
+    from nanoflow_tune.profiler.timing import InTurn
+
+    schedule = schedules[0]
+    points = layers.solo_points(schedule, graph, 132)
+    rows = [row(1.0, 700.0, 750.0, **{"kind": p.kind, "num_sms": p.num_sms}) for p in points]
+    small = row(2.0, 700.0, 1500.0, num_sms=64)
+    in_turn = InTurn(us=1e6, watts=0.7, sm_clock_mhz=1500.0)
+    solo = layers.Solo(rows=rows, small=small, in_turn=in_turn, static_w=0.1, cap_w=0.7)
+    asked = []
+
+    class Ranks:
+        def call(self, function, iteration, points, small):
+            asked.append((points, small))
+            return [solo, None]
+
+    iteration = layers.iteration_case(case, load_hardware("h200"))
+    turns = SimpleNamespace(layer_us=(1e6,), watts=0.7, sm_clock_mhz=750.0)
+    limit, by_rows = layers._limits(Ranks(), iteration, schedule, turns, graph)
+    assert limit == pytest.approx(1e6 * 0.3 / 0.6)
+    assert by_rows == pytest.approx(layers.limit_us(rows, 1.0, 750.0, 0.1, 0.7))
+    assert asked[0][0] == tuple(points)
+    assert asked[0][1].num_sms == 64
 
 
 def test_the_exponent_of_the_clock_comes_from_two_shares_and_noise_is_kept_out(layers):
