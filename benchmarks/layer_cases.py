@@ -23,11 +23,14 @@ from figures import FIGURES
 
 from nanoflow_tune.autotune.cost_model import CostModel
 from nanoflow_tune.autotune.gpu_stage import find_devices
+from nanoflow_tune.autotune.joining import joined_gemms
 from nanoflow_tune.autotune.provenance import commit as this_commit
+from nanoflow_tune.autotune.race import overlaps
 from nanoflow_tune.autotune.simulator import predict
 from nanoflow_tune.profiler.rank_jobs import IterationCase
 from nanoflow_tune.profiler.store import load_profile, profile_files
 from nanoflow_tune.runtime.launch import RankGroup
+from nanoflow_tune.runtime.legality import check
 from nanoflow_tune.runtime.op_graph import GEMM_KINDS, OpGraph, RowMix
 from nanoflow_tune.runtime.plan import Schedule, Timing
 from nanoflow_tune.search_spaces.loader import load_hardware, load_model, load_space
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
 
 RANK_TIMEOUT_S = 300.0
 LAYERS, FEW_LAYERS = 16, 4
+MOST_JOINED = 2
+"""Overlapped schedules that are also measured with joined GEMMs."""
 VOCABULARY = 2048
 """Of the measured model: its LM head cancels out, and should take little time before it does."""
 PROMPT = 512
@@ -161,6 +166,25 @@ class Predictor:
     def timing(self, schedule: Schedule) -> Timing:
         """What a whole iteration of a schedule takes."""
         return predict(schedule, self.graph, self.cost_model, MIX)
+
+    def joined(self, schedules: Sequence[Schedule]) -> list[Schedule]:
+        """The two best of some overlapped schedules with GEMMs joined, where that pays."""
+        found = [
+            joined_gemms(schedule, self.graph, self._period_us)
+            for schedule in schedules
+            if overlaps(schedule, self.graph)
+        ]
+        paying = [schedule for schedule in found if schedule is not None]
+        paying.sort(key=lambda schedule: self.timing(schedule).period_us)
+        return paying[:MOST_JOINED]
+
+    def _period_us(self, schedule: Schedule) -> float | None:
+        hardware = self.iteration.hardware
+        try:
+            check(schedule, self.graph, hardware.num_sms, hardware.sm_granularity)
+        except ValueError:
+            return None
+        return self.timing(schedule).period_us
 
     def predict(self, schedule: Schedule) -> Prediction:
         """What a layer of a schedule takes."""

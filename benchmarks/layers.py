@@ -4,9 +4,10 @@
     python benchmarks/layers.py --case 8b --schedules 8b.yaml        there: about 80 s
 
 The search makes schedules from the profile (`--search-only` needs no GPU and stores them for
-`--schedules`). All sequential and the best overlapped ones take turns as CUDA graphs of 16 and of 4
-layers; a layer is a twelfth of the difference. The two best of each kind meet once more in a longer
-run; the figure is the ratio of the best there.
+`--schedules`). All sequential and the best overlapped ones, the latter also with GEMMs of both
+nano-batches joined where that is predicted to pay, take turns as CUDA graphs of 16 and of 4 layers;
+a layer is a twelfth of the difference. The two best of each kind meet once more in a longer run;
+the figure is the ratio of the best there.
 
 `layer_limit` sets the winner's period against what the power cap allows: dynamic joules of its ops
 alone, measured in the same run and brought to the plan's clock, over the watts that the cap leaves
@@ -315,6 +316,7 @@ def main() -> None:
     else:
         predictor = Predictor(case, hardware, options.profile, options.lacking)
         schedules = contenders(predictor.search().race, predictor.graph)
+        schedules = once_each([*schedules, *predictor.joined(schedules)])
         forecast = predictor.forecast(schedules, options.commit or this_commit())
     for prediction in forecast.predictions:
         say(f"{prediction.schedule.name}: predicted {prediction.layer_us:.1f} us a layer")
