@@ -115,6 +115,8 @@ def launch_decode(
     """Decode attention with a given tile; the registered variant uses `DECODE_TILE`."""
     group = heads.num_qo_heads // heads.num_kv_heads
     num_items = rows.num_rows * heads.num_kv_heads
+    if not num_items:
+        return
     programs = min(num_items, num_sms * tile.programs_per_sm)
     assert k_pages_PGBH.stride() == v_pages_PGBH.stride()
     _decode_attention[(programs,)](
@@ -323,6 +325,8 @@ def prefill_attention(
     block_rows = 128
     blocks = sum(triton.cdiv(count, block_rows) for count in rows.segment_rows)
     num_items = blocks * heads.num_qo_heads
+    if not num_items:
+        return
     programs = min(num_items, num_sms)
     assert k_pages_PGBH.stride() == v_pages_PGBH.stride()
     _prefill_attention[(programs,)](

@@ -89,6 +89,8 @@ def _variant(tile: Tile) -> Callable[..., None]:
         x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, out_TN: Tensor, num_sms: int
     ) -> None:
         rows, depth = x_TK.shape
+        if not rows:
+            return
         width = weight_NK.shape[0]
         tiles = triton.cdiv(rows, tile.m) * triton.cdiv(width, tile.n)
         _persistent_gemm[(min(num_sms, tiles),)](

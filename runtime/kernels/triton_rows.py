@@ -75,6 +75,8 @@ def add_rms_norm(
 ) -> None:
     """residual_TD += delta_TD, summed over the ranks; out_TD = RMSNorm(residual_TD) * weight_D."""
     rows, width = residual_TD.shape
+    if not rows:
+        return
     delta = residual_TD if delta_TD is None else delta_TD
     ranks, rank, parts, stride_rank, stride_received = 1, 0, delta, 0, 0
     if delta_TD is not None and received is not None:
@@ -170,6 +172,8 @@ def rope_append(
     num_sms: int,
 ) -> None:
     """Rotate q and k in place, append k and v to the pages."""
+    if not qkv_TC.shape[0]:
+        return
     assert k_pages_PGBH.stride() == v_pages_PGBH.stride()
     _rope_append[(qkv_TC.shape[0],)](
         qkv_TC,
@@ -218,6 +222,8 @@ def silu_mul(up_gate_T2F: Tensor, out_TF: Tensor) -> None:
     Not an op of its own: `gemm_silu.py` launches it behind a GEMM.
     """
     rows, width = out_TF.shape
+    if not rows:
+        return
     block = 2048
     _silu_mul[(rows, triton.cdiv(width, block))](
         up_gate_T2F,
