@@ -6,9 +6,10 @@ of the one before are known. On a GPU a step is one CUDA graph, captured when a 
 used; schedules with attention variants that plan on the host run eagerly, and `Launched` says so.
 
 What a graph holds: fetching token ids, embedding, all nano-ops, final norm, LM head. What stays
-outside: cache operations, the copy of the step's numbers to the device (one for each step),
-sampling (it depends on what the step's requests ask for), the copy of the tokens back. All of it is
-queued before the step runs, so the device sees no gap.
+outside: cache operations, the copy of the step's numbers to the device (one for each step) and of
+page-table entries that changed, gathering page tables, sampling (it depends on what the step's
+requests ask for), the copy of the tokens back. All of it is queued before the step runs, so the
+device sees no gap.
 
 Shape legend: R logit rows, N slots, P pages of a request.
 """
@@ -20,7 +21,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,12 +30,13 @@ from .kv_cache import PagedKvCache
 from .kv_sizes import pages_for
 from .kv_store import KvStore
 from .op_graph import OpGraph
+from .page_tables import PageTables
 from .plan import Schedule
 from .plan_choice import TILE_ROWS, Choice, PlanBook
 from .plan_lookup import is_interleaved
 from .sampling import SamplingTable, TokenSampler
 from .slot_needs import SlotNeeds
-from .static_batch import BatchSizes, StaticBatch, staging_bytes
+from .static_batch import BatchSizes, StaticBatch, num_page_entries, staging_bytes
 from .step import StepInputs
 from .weights import Weights
 
@@ -115,17 +116,21 @@ class ModelRunner:
         self._warm: set[str] = set()
         self._largest: Executor | None = None
         max_pages = pages_for(sizes.max_model_len, cache.page_size)
-        self._page_table_NP = np.zeros((sizes.max_running, max_pages), dtype=np.int32)
+        self._max_pages = max_pages
+        self._tables = PageTables(
+            sizes.max_running, max_pages, weights.device, is_shared=weights.device.type == "cpu"
+        )
         self._last_tokens_N = torch.zeros(
             sizes.max_running + 1, dtype=torch.int64, device=weights.device
         )
         self._is_cuda = weights.device.type == "cuda"
-        sizes_of = (
-            staging_bytes(choice.schedule, self._batch_sizes(choice.rows))
-            for choice in book.choices.values()
-        )
-        self._block = torch.zeros(max(sizes_of), dtype=torch.uint8, device=weights.device)
+        needs = [(c.schedule, self._batch_sizes(c.rows)) for c in book.choices.values()]
+        num_bytes = max(staging_bytes(*need) for need in needs)
+        self._block = torch.zeros(num_bytes, dtype=torch.uint8, device=weights.device)
         """What the numbers of each step are copied to: steps run one after the other."""
+        num_entries = max(num_page_entries(*need) for need in needs)
+        self._page_block = torch.zeros(num_entries, dtype=torch.int32, device=weights.device)
+        """The page tables of each step."""
         self._pool = torch.cuda.graph_pool_handle() if self._is_cuda else None
 
     def warm_up(self, max_rows: int | None = None) -> int:
@@ -159,14 +164,13 @@ class ModelRunner:
     def launch(self, inputs: StepInputs) -> Launched:
         """Queue a step on the current stream."""
         self.store.run(inputs.cache_ops)
-        updates = inputs.page_updates_U3
-        self._page_table_NP[updates[:, 0], updates[:, 1]] = updates[:, 2]
+        self._tables.update(inputs.page_updates_U3)
         self._table.take(inputs.slots_taken)
         self._needs.take(inputs.slots_taken)
         choice = self.book.choices[inputs.choice]
         slots = inputs.logit_slots
         bound = self._bind(choice.key, self._room(choice.rows, len(slots)))
-        bound.batch.fill(inputs, self._page_table_NP)
+        bound.batch.fill(inputs, self._tables)
         if bound.batch.is_captured:
             bound.executor.replay()
         else:
@@ -241,7 +245,7 @@ class ModelRunner:
         return BatchSizes(
             num_logits=num_logits,
             max_chunks=self.sizes.max_chunks,
-            max_pages=self._page_table_NP.shape[1],
+            max_pages=self._max_pages,
             num_slots=self.sizes.max_running,
             page_size=self.cache.page_size,
         )
@@ -256,6 +260,7 @@ class ModelRunner:
                 self._last_tokens_N,
                 is_captured=is_captured,
                 block=self._block,
+                page_block=self._page_block,
             )
             self._batches[choice.key, is_captured] = found
         return found

@@ -1,9 +1,9 @@
 """A dense batch whose tensors stay where they are while steps come and go, for CUDA graphs.
 
-All numbers of a step lie in one block of memory (`staging`), and the tensors of `DenseBatch` are
-views of it. What a step does not fill is padding that no kernel lets through: rows with token 0
-whose keys go to page 0, decode rows without keys, segments without rows, logit rows whose token
-goes to a spare slot.
+All numbers of a step but its page tables lie in one block of memory (`staging`), and the tensors of
+`DenseBatch` are views of it; page tables are gathered on the device (`page_tables`). What a step
+does not fill is padding that no kernel lets through: rows with token 0 whose keys go to page 0,
+decode rows without keys, segments without rows, logit rows whose token goes to a spare slot.
 
 A captured graph sees room for everything (`is_captured`): kernels count on the device. Run eagerly,
 the records that attention kernels get are cut to the step, with true lengths on the host.
@@ -25,9 +25,12 @@ from torch import Tensor
 from .batch_layout import Piece, Range, RowPlaces, place_rows
 from .batching import DenseBatch
 from .kernels.registry import DecodeRows, PrefillRows
+from .page_tables import PageTables
 from .plan import Schedule
 from .staging import Array, Field, Staging, num_bytes
 from .step import NOT_YET_KNOWN, StepInputs
+
+_ALIGNED_ENTRIES = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +46,7 @@ class BatchSizes:
 
 
 def _fields(schedule: Schedule, sizes: BatchSizes) -> dict[str, Field]:
-    rows, logits, pages = schedule.dense_batch_tokens, sizes.num_logits, sizes.max_pages
+    rows, logits = schedule.dense_batch_tokens, sizes.num_logits
     fields: dict[str, Field] = {
         "host_ids_T": ("i8", (rows,)),
         "sources_T": ("i8", (rows,)),
@@ -58,17 +61,30 @@ def _fields(schedule: Schedule, sizes: BatchSizes) -> dict[str, Field]:
         if op == "decode_attention":
             fields[f"{op}/{start}/rows"] = ("i4", (end - start,))
             fields[f"{op}/{start}/kv_lens"] = ("i4", (end - start,))
-            fields[f"{op}/{start}/pages"] = ("i4", (end - start, pages))
+            fields[f"{op}/{start}/slots"] = ("i4", (end - start,))
         else:
-            for name in ("rows", "counts", "positions"):
+            for name in ("rows", "counts", "positions", "slots"):
                 fields[f"{op}/{start}/{name}"] = ("i4", (segments,))
-            fields[f"{op}/{start}/pages"] = ("i4", (segments, pages))
     return fields
+
+
+def _table_rows(schedule: Schedule, sizes: BatchSizes) -> dict[str, int]:
+    """Rows of the page table of each attention nano-op, by the start of its fields' names."""
+    segments = sizes.max_chunks + len(schedule.nano_batches)
+    return {
+        f"{op}/{start}/": end - start if op == "decode_attention" else segments
+        for op, (start, end) in attention_ranges(schedule)
+    }
 
 
 def staging_bytes(schedule: Schedule, sizes: BatchSizes) -> int:
     """Of device memory that a batch's numbers take."""
     return num_bytes(_fields(schedule, sizes))
+
+
+def num_page_entries(schedule: Schedule, sizes: BatchSizes) -> int:
+    """Of device memory that a batch's page tables take, int32."""
+    return sum(_entries(rows, sizes.max_pages) for rows in _table_rows(schedule, sizes).values())
 
 
 def attention_ranges(schedule: Schedule) -> tuple[tuple[str, Range], ...]:
@@ -90,6 +106,8 @@ class StaticBatch(DenseBatch):
     staging: Staging
     last_tokens_N: Tensor
     """By slot, the token sampled last; one spare slot at the end. Shared by all batches."""
+    page_tables: Mapping[str, Tensor]
+    """[rows, P] int32 of each attention nano-op, by the start of its fields' names."""
     live: dict[tuple[str, int], DecodeRows | PrefillRows | None]
     """By op and first row: what its kernels get."""
 
@@ -102,6 +120,7 @@ class StaticBatch(DenseBatch):
         *,
         is_captured: bool,
         block: Tensor | None = None,
+        page_block: Tensor | None = None,
     ) -> StaticBatch:
         """Allocate, and fill with padding alone.
 
@@ -111,10 +130,14 @@ class StaticBatch(DenseBatch):
             last_tokens_N: by slot, the token sampled last.
             is_captured: whether kernels see room for everything.
             block: of `staging_bytes`, see `Staging`.
+            page_block: of `num_page_entries`, for page numbers alone; other batches may share it.
         """
         device = last_tokens_N.device
         staging = Staging(_fields(schedule, sizes), device, block)
         tensors = staging.tensors
+        if page_block is None:
+            entries = num_page_entries(schedule, sizes)
+            page_block = torch.zeros(entries, dtype=torch.int32, device=device)
         batch = cls(
             requests=(),
             page_size=sizes.page_size,
@@ -130,6 +153,7 @@ class StaticBatch(DenseBatch):
             is_captured=is_captured,
             staging=staging,
             last_tokens_N=last_tokens_N,
+            page_tables=_split(page_block, _table_rows(schedule, sizes), sizes.max_pages),
             live={},
         )
         batch.clear()
@@ -192,9 +216,9 @@ class StaticBatch(DenseBatch):
             chunks=(),
             page_updates_U3=no_rows.reshape(-1, 3),
         )
-        self.fill(nothing, np.zeros((1, self.sizes.max_pages), dtype=np.int32))
+        self.fill(nothing, _no_tables(self.sizes.max_pages))
 
-    def fill(self, inputs: StepInputs, page_table_NP: NDArray[np.int32]) -> None:
+    def fill(self, inputs: StepInputs, tables: PageTables) -> None:
         """Lay a step out and send it to the device.
 
         Raises:
@@ -203,18 +227,25 @@ class StaticBatch(DenseBatch):
         arrays = self.staging.next_arrays()
         num_prompt_tokens = inputs.num_rows - len(inputs.decode_slots_R)
         places = place_rows(self.schedule, len(inputs.decode_slots_R), num_prompt_tokens)
-        self._fill_rows(arrays, inputs, places, page_table_NP)
+        self._fill_rows(arrays, inputs, places, tables.host_NP)
         self._fill_logits(arrays, inputs, places)
+        widths: dict[str, tuple[int, int]] = {}
         for op, tokens in attention_ranges(self.schedule):
             prefix = f"{op}/{tokens[0]}/"
             view: Callable[[str], Array] = lambda name, p=prefix: arrays[p + name]  # noqa: E731
             if op == "decode_attention":
-                rows = self._fill_decodes(view, inputs, places, tokens, page_table_NP)
+                rows, used = self._fill_decodes(view, inputs, places, tokens)
             else:
                 pieces = list(places.pieces_within(tokens, inputs.chunks))
-                rows = self._fill_segments(view, inputs, pieces, tokens, page_table_NP)
+                rows, used = self._fill_segments(view, inputs, pieces, tokens)
             self.live[op, tokens[0]] = rows
+            widths[prefix] = used
         self.staging.upload()
+        for prefix, (count, longest) in widths.items():
+            if count:
+                slots = self.staging.tensors[prefix + "slots"][:count]
+                width = -(-longest // self.sizes.page_size)
+                tables.gather(slots, width, self.page_tables[prefix][:count])
 
     def _fill_rows(
         self,
@@ -276,26 +307,27 @@ class StaticBatch(DenseBatch):
         inputs: StepInputs,
         places: RowPlaces,
         tokens: Range,
-        page_table_NP: NDArray[np.int32],
-    ) -> DecodeRows | None:
+    ) -> tuple[DecodeRows | None, tuple[int, int]]:
+        """What kernels get, and the rows and most keys that the step has."""
         mine = places.decodes_within(tokens)
         count = mine.stop - mine.start
         kv_lens_R = inputs.decode_positions_R[mine] + 1
-        longest = int(kv_lens_R.max()) if count else 0
-        width = -(-longest // self.sizes.page_size)
+        used = count, int(kv_lens_R.max()) if count else 0
         view("rows")[:count], view("rows")[count:] = places.decode_rows_R[mine], 0
         view("kv_lens")[:count], view("kv_lens")[count:] = kv_lens_R, 0
-        view("pages")[:count, :width] = page_table_NP[inputs.decode_slots_R[mine], :width]
-        shown, longest = self._shown(count, tokens[1] - tokens[0], longest)
+        view("slots")[:count] = inputs.decode_slots_R[mine]
+        shown, longest = self._shown(*used, tokens[1] - tokens[0])
         if shown == 0:
-            return None
-        tensor = self._tensors(f"decode_attention/{tokens[0]}/", shown)
-        return DecodeRows(
+            return None, used
+        prefix = f"decode_attention/{tokens[0]}/"
+        tensor = self._tensors(prefix, shown)
+        rows = DecodeRows(
             row_ids_R=tensor("rows"),
             kv_lens_R=tensor("kv_lens"),
-            page_table_RP=tensor("pages"),
+            page_table_RP=self.page_tables[prefix][:shown],
             max_kv_len=longest,
         )
+        return rows, used
 
     def _fill_segments(
         self,
@@ -303,36 +335,58 @@ class StaticBatch(DenseBatch):
         inputs: StepInputs,
         pieces: Sequence[Piece],
         tokens: Range,
-        page_table_NP: NDArray[np.int32],
-    ) -> PrefillRows | None:
+    ) -> tuple[PrefillRows | None, tuple[int, int]]:
+        """What kernels get, and the segments and most keys that the step has."""
         count = len(pieces)
         owners = [inputs.chunks[piece.chunk] for piece in pieces]
         starts = [c.first_position + p.offset for c, p in zip(owners, pieces, strict=True)]
         rows = tuple(piece.count for piece in pieces)
-        longest = max((start + n for start, n in zip(starts, rows, strict=True)), default=0)
-        width = -(-longest // self.sizes.page_size)
+        used = count, max((start + n for start, n in zip(starts, rows, strict=True)), default=0)
         view("rows")[:count] = [piece.first_row for piece in pieces]
         view("counts")[:count], view("counts")[count:] = rows, 0
         view("positions")[:count] = starts
-        view("pages")[:count, :width] = page_table_NP[[chunk.slot for chunk in owners], :width]
+        view("slots")[:count] = [chunk.slot for chunk in owners]
         room = len(view("rows"))
-        shown, longest = self._shown(count, room, longest)
+        shown, longest = self._shown(*used, room)
         if shown == 0:
-            return None
-        tensor = self._tensors(f"prefill_attention/{tokens[0]}/", shown)
-        return PrefillRows(
+            return None, used
+        prefix = f"prefill_attention/{tokens[0]}/"
+        tensor = self._tensors(prefix, shown)
+        segments = PrefillRows(
             row_starts_S=tensor("rows"),
             num_rows_S=tensor("counts"),
             position_starts_S=tensor("positions"),
-            page_table_SP=tensor("pages"),
+            page_table_SP=self.page_tables[prefix][:shown],
             # Captured: a bound of the rows, from which grids are sized.
             segment_rows=(tokens[1] - tokens[0], *[1] * (room - 1)) if self.is_captured else rows,
             max_kv_len=longest,
         )
+        return segments, used
 
-    def _shown(self, count: int, room: int, longest: int) -> tuple[int, int]:
+    def _shown(self, count: int, longest: int, room: int) -> tuple[int, int]:
         """Entries and most keys that kernels are told of: all that fit when captured."""
         return (room, self.max_kv_len) if self.is_captured else (count, longest)
 
     def _tensors(self, prefix: str, shown: int) -> Callable[[str], Tensor]:
         return lambda name: self.staging.tensors[prefix + name][:shown]
+
+
+def _entries(num_rows: int, num_columns: int) -> int:
+    """Of a table, up to where the next one may begin: kernels are compiled for aligned ones."""
+    return -(-num_rows * num_columns // _ALIGNED_ENTRIES) * _ALIGNED_ENTRIES
+
+
+def _split(block: Tensor, rows: Mapping[str, int], num_columns: int) -> dict[str, Tensor]:
+    """Tables of so many rows, one behind the other in a block."""
+    tables: dict[str, Tensor] = {}
+    begin = 0
+    for name, count in rows.items():
+        end = begin + count * num_columns
+        tables[name] = block[begin:end].view(count, num_columns)
+        begin += _entries(count, num_columns)
+    return tables
+
+
+def _no_tables(max_pages: int) -> PageTables:
+    """For steps without rows."""
+    return PageTables(1, max_pages, torch.device("cpu"), is_shared=True)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from nanoflow_tune.runtime.batch_layout import place_rows
 from nanoflow_tune.runtime.op_graph import OpGraph
+from nanoflow_tune.runtime.page_tables import PageTables
 from nanoflow_tune.runtime.static_batch import BatchSizes, StaticBatch, attention_ranges
 from nanoflow_tune.runtime.step import NOT_YET_KNOWN, Chunk, StepInputs
 
@@ -61,6 +62,13 @@ def page_table():
     return (np.arange(SLOTS * PAGES, dtype=np.int32) + 1).reshape(SLOTS, PAGES)
 
 
+def page_tables():
+    tables = PageTables(SLOTS, PAGES, torch.device("cpu"), is_shared=False)
+    places = np.indices((SLOTS, PAGES)).reshape(2, -1)
+    tables.update(np.stack((*places, page_table().reshape(-1)), axis=1).astype(np.int32))
+    return tables
+
+
 def cell(slot, position):
     return int(page_table()[slot, position // PAGE]) * PAGE + position % PAGE
 
@@ -73,8 +81,8 @@ def test_every_row_is_in_place_and_the_rest_is_padding(step, name, is_captured):
     last_tokens = torch.arange(SLOTS + 1) + 1000
     batch = StaticBatch.make(schedule, SIZES, last_tokens, is_captured=is_captured)
     filler = [(s, 5, 9) for s in range(10)], [(10, 0, [3] * 14, True)]
-    batch.fill(step_of(*filler), page_table())  # something that must be gone after
-    batch.fill(step_of(decodes, chunks), page_table())
+    batch.fill(step_of(*filler), page_tables())  # something that must be gone after
+    batch.fill(step_of(decodes, chunks), page_tables())
     batch.fetch_token_ids()
     wanted = {cell(s, p): (p, t if t != NOT_YET_KNOWN else 1000 + s) for s, p, t in decodes}
     for slot, first, tokens, _ in chunks:
@@ -148,7 +156,7 @@ def test_tensors_stay_where_they_are():
         SCHEDULES["sequential"], SIZES, torch.zeros(SLOTS + 1, dtype=torch.int64), is_captured=True
     )
     before = batch.decode_rows((0, ROWS)).kv_lens_R.data_ptr(), batch.slots_T.data_ptr()
-    batch.fill(step_of([(0, 3, 1)], []), page_table())
+    batch.fill(step_of([(0, 3, 1)], []), page_tables())
     assert before == (
         batch.decode_rows((0, ROWS)).kv_lens_R.data_ptr(),
         batch.slots_T.data_ptr(),
@@ -163,10 +171,10 @@ def test_a_step_that_does_not_fit_is_refused():
 def test_batches_with_fewer_logit_rows_are_views_of_the_same_memory():
     wide = StaticBatch.make(SCHEDULES["sequential"], SIZES, torch.arange(17), is_captured=True)
     narrow = wide.narrowed(4)
-    narrow.fill(step_of([(3, 5, 9), (8, 2, 9)], []), page_table())
+    narrow.fill(step_of([(3, 5, 9), (8, 2, 9)], []), page_tables())
     assert narrow.logit_slots.tolist() == [3, 8, SLOTS, SLOTS]
     assert narrow.logit_rows_R.tolist() == [0, 1, 0, 0]
     assert wide.logit_slots.tolist() == [3, 8, *[SLOTS] * 22]
     assert narrow.positions_T is wide.positions_T
     with pytest.raises(ValueError, match="choose one with more logit rows"):
-        narrow.fill(step_of([(slot, 5, 9) for slot in range(5)], []), page_table())
+        narrow.fill(step_of([(slot, 5, 9) for slot in range(5)], []), page_tables())
