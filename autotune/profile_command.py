@@ -167,9 +167,11 @@ def _calibrate(options: argparse.Namespace, say: Say) -> dict[str, Any]:
     hardware = _hardware(options)
     _check_devices(hardware, 1)
     profile, folder = _loaded(options, hardware)
-    rows = spread_rows(profile.rows)
-    say(f"measuring {len(rows)} of {len(profile.usable_rows)} rows again")
     with RankGroup(1, device="cuda", timeout_s=RANK_TIMEOUT_S) as ranks:
+        variants = ranks.call(rank_jobs.variants_here)[0]
+        here = [r for r in profile.rows if r.point.variant in variants.get(r.point.kind, ())]
+        rows = spread_rows(here)
+        say(f"measuring {len(rows)} of {len(profile.usable_rows)} rows again")
         points = [row.point for row in rows]
         result = compare(rows, ranks.call(rank_jobs.measure_again, hardware, points)[0])
     worst, ratio = result.worst

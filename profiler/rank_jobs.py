@@ -103,6 +103,11 @@ def gpu_variants() -> dict[str, tuple[str, ...]]:
     return named
 
 
+def variants_here(ctx: RankContext) -> dict[str, tuple[str, ...]]:
+    """`gpu_variants` of this rank's machine: FlashInfer's, say, are where it is installed."""
+    return gpu_variants()
+
+
 def look_around(ctx: RankContext) -> list[str]:
     """What may spoil measurements on this rank's GPU, in words."""
     from .power import PowerMeter

@@ -54,3 +54,43 @@ def test_flags_that_make_no_sense_are_refused(arguments, capsys):
         main(["profile", "--model", "llama3-8b", *arguments])
     assert stop.value.code == BAD_INPUT
     assert "must be" in capsys.readouterr().err
+
+
+def test_calibration_measures_variants_that_this_machine_has(monkeypatch, capsys):
+    """FlashInfer is not installed, and its rows do not make a profile unfit."""
+    from nanoflow_tune.autotune import profile_command
+    from nanoflow_tune.profiler import rank_jobs
+    from nanoflow_tune.profiler.store import shipped_profile
+
+    profile = shipped_profile("h200")
+    assert profile is not None
+    times = {row.point: row for row in profile.rows}
+    here = {
+        kind: tuple({p.variant for p in times if p.kind == kind and "flash" not in p.variant})
+        for kind in {point.kind for point in times}
+    }
+    asked = []
+
+    class Ranks:
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def call(self, function, *arguments):
+            if function is rank_jobs.variants_here:
+                return [here]
+            asked.extend(arguments[1])
+            return [[times[point] for point in arguments[1]]]
+
+    monkeypatch.setattr(profile_command, "RankGroup", Ranks)
+    monkeypatch.setattr(profile_command, "_check_devices", lambda *_: None)
+    assert main(["profile", "--calibrate", "--gpu", "h200"]) == 0
+    assert asked
+    assert not any(point.variant.startswith("flashinfer") for point in asked)
+    assert {point.kind for point in asked} >= {"gemm", "decode_attention", "prefill_attention"}
+    assert '"fits":true' in capsys.readouterr().out
