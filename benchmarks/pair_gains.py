@@ -58,8 +58,9 @@ class Gain:
 
     @property
     def kinds(self) -> tuple[str, str]:
-        """Of both kernels."""
-        return self.pair.a.kind, self.pair.b.kind
+        """Of both kernels; copy engines apart, since they take no SMs."""
+        a, b = self.pair.a, self.pair.b
+        return a.kind, b.kind if b.num_sms else f"{b.kind} by copy engine"
 
     def cells(self) -> list[str]:
         """A line of the table."""
