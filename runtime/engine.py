@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from .engine_config import EngineConfig
-from .gpu_failures import GpuFailureError, StalledStepError, explained
+from .gpu_failures import GpuFailureError, explained
 from .model_runner import Launched, Sampled
 from .page_pool import PagePool
 from .plan_choice import Choice, Chosen, PlanBook
@@ -32,7 +32,7 @@ from .prefix_index import PrefixIndex
 from .scheduler import Scheduler
 from .scheduler_records import Step
 from .sequence import EngineStats, GenerationRequest, OnEvent, RequestRejected, TokenEvent
-from .step_watch import Runner, WatchedRunner
+from .step_watch import GivenUpError, Runner, WatchedRunner
 
 _LOGGER = logging.getLogger(__name__)
 _POLL_S, _LAST_S = 0.5, 10.0
@@ -143,15 +143,16 @@ class Engine:
 
     @property
     def failure(self) -> BaseException | None:
-        """What ended the engine's thread; None while it is well.
-
-        A step that takes longer than the limit counts as failed, and ends all requests.
-        """
-        if self._failure is None and self._runner is not None:
-            stalled = self._runner.stalled()
-            if stalled is not None:
-                self._fail(stalled)  # its thread waits for the device and is given up
+        """What ended the engine; None while it is well. A step beyond its limit ends it, too."""
+        given_up = self._runner.failure() if self._runner is not None else None
+        if self._failure is None and given_up is not None:
+            self._fail(given_up)  # its thread waits for the device
         return self._failure
+
+    def give_up(self, why: GpuFailureError) -> None:
+        """Fail for a reason that the engine's thread cannot see; from any thread, at any time."""
+        if self._runner is not None:
+            self._runner.give_up(why)
 
     def start(self) -> None:
         """Start the engine's thread and wait until its runner is made.
@@ -176,7 +177,8 @@ class Engine:
         thread = self._thread
         while thread is not None and thread.is_alive() and self.failure is None:
             thread.join(_POLL_S)
-        if thread is not None and not isinstance(self.failure, StalledStepError):
+        is_given_up = self._runner is not None and self._runner.failure() is not None
+        if thread is not None and not is_given_up:
             thread.join(_LAST_S)  # what failed may leave the device in no state to be given back
 
     def submit(self, request: GenerationRequest, on_event: OnEvent) -> None:
@@ -244,12 +246,13 @@ class Engine:
                 self._is_ready = True
                 self._wake.notify_all()
             self._loop(self._runner)
-        except StalledStepError:  # whoever noticed has told the requests
+        except GivenUpError:  # whoever noticed tells the requests
             return
         except BaseException as err:  # the thread's boundary: every request must hear of it
+            if self._failure is not None:
+                return
             what = "a step" if self._is_ready else "the start"
-            is_told = isinstance(err, Exception)
-            self._fail(explained(err, what, self.config.memory_remedy) if is_told else err)
+            self._fail(explained(err, what, self.config.memory_remedy))
         finally:
             if self._runner is not None:
                 with suppress(Exception) if self._failure is not None else nullcontext():
@@ -264,8 +267,7 @@ class Engine:
             self._wake.notify_all()
         for request, on_event in arrived:
             self._scheduler.add(request, on_event)
-        is_gpu = isinstance(err, GpuFailureError)
-        told = err.cause if is_gpu else f"{type(err).__name__}: {err}"
+        told = err.cause if isinstance(err, GpuFailureError) else f"{type(err).__name__}: {err}"
         self._scheduler.fail_all(f"the engine failed: {told}")
         self._publish()
 

@@ -20,11 +20,12 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 GPU_FAILED = 5
 """Exit code of both commands: no fault of the input, and none of this package's code."""
 
+ErrorT = TypeVar("ErrorT", bound=BaseException)
 _GIB = 2**30
 _OUT_OF_MEMORY = (
     *("out of memory", "out_of_memory", "cudaerrormemoryallocation", "cublas_status_alloc_failed"),
@@ -94,7 +95,7 @@ def memory_for(what: str, remedy: str) -> Generator[None, None, None]:
         raise told from err
 
 
-def explained(err: Exception, what: str, remedy: str = _FREE_SOME) -> Exception:
+def explained(err: ErrorT, what: str, remedy: str = _FREE_SOME) -> ErrorT | GpuFailureError:
     """The error in words for users, or itself where it tells of no failed GPU.
 
     Args:

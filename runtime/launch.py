@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -41,6 +41,8 @@ _LONGEST_WAIT_S = 86400.0
 """The system's poll takes no more than some weeks at a time; calls may take longer."""
 _GRACE_S = 5.0
 """After one rank failed, the others have this long to finish before they are ended."""
+PEER_FAILED = signal.SIGUSR2
+"""Sent to ranks when another one has failed; ignored unless a rank handles it."""
 _TERM_S = 1.0
 """Between asking a rank to end and killing it."""
 
@@ -84,7 +86,7 @@ class _Failure:
         the peer's memory end in CUDA errors.
         """
         if self.is_death:
-            return 3 if self.exit_code == -signal.SIGABRT else 1
+            return 3 if self.exit_code in (-signal.SIGABRT, -PEER_FAILED) else 1
         if self.error is not None:
             return 4 if isinstance(self.error, CollectiveError) else 0
         return 2
@@ -223,6 +225,7 @@ class RankGroup:
                 if isinstance(replies[rank], _Failure):
                     if not failed:
                         deadline = min(deadline, time.monotonic() + _GRACE_S)
+                        self._warn(waiting.values())
                     failed[rank] = replies[rank]
         if not failed and not waiting:
             return [replies[rank] for rank in ranks]
@@ -238,6 +241,13 @@ class RankGroup:
             + "".join(f"; {told}" for told in where)
             + "; run the same command again, with NCCL_DEBUG=INFO if it hangs there again"
         )
+
+    def _warn(self, ranks: Iterable[int]) -> None:
+        """Tell ranks that one has failed, so that those who serve can say so before they end."""
+        for rank in ranks:
+            process = self._processes[rank]
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, PEER_FAILED)
 
     def _where(self, hung: Sequence[int]) -> list[str]:
         """What ranks that do not answer are doing."""
@@ -280,7 +290,8 @@ def _serve(
 ) -> None:
     """A rank's life: join the process group, answer calls until told to stop."""
     watch_stack(Path(stack))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    for number in (signal.SIGINT, PEER_FAILED):
+        signal.signal(number, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     os.dup2(2, 1)  # whatever libraries print: the parent's stdout is for its results
     try:

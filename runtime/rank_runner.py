@@ -31,11 +31,6 @@ def step_group() -> Any:  # noqa: ANN401 - process group
     return dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
-def leave(group: Any) -> None:  # noqa: ANN401
-    """Close this rank's end of the group: what the others send then fails at once."""
-    dist.destroy_process_group(group)
-
-
 class LeadingRunner:
     """The runner of rank 0: what it queues, every rank queues."""
 

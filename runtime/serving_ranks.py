@@ -12,8 +12,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
-from .gpu_failures import memory_for
-from .launch import DeviceType, RankContext, RankGroup
+from .gpu_failures import CollectiveError, memory_for
+from .launch import PEER_FAILED, DeviceType, RankContext, RankGroup
 
 _FOR_EVER_S = 365 * 86400.0
 """How long a rank may serve before it counts as hung."""
@@ -44,24 +44,19 @@ def _process_id(context: RankContext) -> int:
 
 
 def _serve_rank(context: RankContext, options: argparse.Namespace) -> None:
-    from .rank_runner import LeadingRunner, follow, leave, step_group
+    from .rank_runner import LeadingRunner, follow, step_group
     from .server import read_inputs, serve_http
 
     setting, text = read_inputs(options, say=lambda _: None)  # the parent has said it
     if context.rank == 0:
-        serve_http(
-            options,
-            text,
-            setting.engine(lambda: LeadingRunner(setting.make_runner(context), step_group())),
-        )
+        engine = setting.engine(lambda: LeadingRunner(setting.make_runner(context), step_group()))
+        why = CollectiveError("another rank has failed: it is told by the process that started all")
+        signal.signal(PEER_FAILED, lambda _, __: engine.give_up(why))
+        serve_http(options, text, engine)
         return
     runner, group = setting.make_runner(context), step_group()
-    try:
-        with memory_for("a step", setting.config.memory_remedy):
-            follow(runner, group)
-    except Exception:
-        leave(group)  # so that rank 0 fails its requests now, not when it is ended
-        raise
+    with memory_for("a step", setting.config.memory_remedy):
+        follow(runner, group)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 A thread that waits for a GPU in a driver's call cannot be interrupted, and the collectives of a
 replayed CUDA graph have no time-out of their own. So another thread asks now and then how long the
-step under way has taken.
+step under way has taken, or gives it up because it knows that another rank has failed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from .gpu_failures import StalledStepError
+from .gpu_failures import GpuFailureError, StalledStepError
 
 if TYPE_CHECKING:
     from .model_runner import Launched, Sampled
@@ -34,6 +34,10 @@ class Runner(Protocol):
         ...
 
 
+class GivenUpError(Exception):
+    """A call came back after it had been given up: its thread must end, and tell nobody."""
+
+
 class WatchedRunner:
     """A runner whose calls are timed while they last."""
 
@@ -46,15 +50,15 @@ class WatchedRunner:
             clock: seconds.
         """
         self._runner, self._limit_s, self._now = runner, limit_s, clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # `give_up` may come in a signal handler
         self._since_s: float | None = None
-        self._stalled: StalledStepError | None = None
+        self._given_up: GpuFailureError | None = None
 
     def launch(self, inputs: StepInputs) -> Launched:
         """Queue a step.
 
         Raises:
-            StalledStepError: it came back after it had been given up.
+            GivenUpError: it came back after it had been given up.
         """
         self._begin()
         launched = self._runner.launch(inputs)
@@ -65,7 +69,7 @@ class WatchedRunner:
         """What a step sampled, once it has run.
 
         Raises:
-            StalledStepError: it came back after it had been given up.
+            GivenUpError: it came back after it had been given up.
         """
         self._begin()
         sampled = self._runner.collect(launched)
@@ -76,20 +80,25 @@ class WatchedRunner:
         """Give everything back."""
         self._runner.close()
 
-    def stalled(self) -> StalledStepError | None:
-        """The error of a call that takes too long, from any thread; from then on it is given up."""
+    def give_up(self, why: GpuFailureError) -> None:
+        """Wait for no call any more, from any thread."""
+        with self._lock:
+            self._given_up = self._given_up or why
+
+    def failure(self) -> GpuFailureError | None:
+        """Why calls were given up, from any thread; one that takes too long is, when asked."""
         with self._lock:
             since_s = self._since_s
-            if self._stalled is None and since_s is not None:
+            if self._given_up is None and since_s is not None:
                 took_s = self._now() - since_s
                 if took_s > self._limit_s:
-                    self._stalled = StalledStepError(
+                    self._given_up = StalledStepError(
                         f"a step must end within {self._limit_s:g} s, but has not after "
                         f"{took_s:.0f} s: a GPU or a link hangs, or a rank never came to a "
                         "collective; `nvidia-smi` shows whether the GPUs answer. Start again, and "
                         "raise --step-timeout where steps do take that long"
                     )
-            return self._stalled
+            return self._given_up
 
     def _begin(self) -> None:
         with self._lock:
@@ -98,5 +107,5 @@ class WatchedRunner:
     def _end(self) -> None:
         with self._lock:
             self._since_s = None
-            if self._stalled is not None:
-                raise self._stalled
+            if self._given_up is not None:
+                raise GivenUpError
