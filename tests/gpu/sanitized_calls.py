@@ -34,8 +34,17 @@ BLOCKS = 3
 
 def gemms() -> None:
     """Every family of the Hopper GEMM, with and without SiLU and bias."""
+    from nanoflow_tune.profiler.compile_ahead import compile_tiles, point_tiles
+    from nanoflow_tune.profiler.profile import Point
     from nanoflow_tune.runtime.kernels.sm90_gemm import FAMILIES
 
+    points = [
+        Point(kind=k, shape=f"n{n}_k{d}", variant=f.name, tokens=rows, kv_len=0, num_sms=sms)
+        for k in ("gemm", "gemm_silu")
+        for f in FAMILIES
+        for rows, n, d, sms in GEMM_CALLS
+    ]
+    compile_tiles(point_tiles(points))
     for index, family in enumerate(FAMILIES):
         for rows, columns, depth, num_sms in GEMM_CALLS:
             generator = torch.Generator(device="cuda").manual_seed(index)
@@ -92,19 +101,36 @@ def on_one_gpu() -> None:
 
 
 def on_rank(ctx: RankContext) -> None:
-    """Collectives in step with the other rank; odd rows, one all-reduce after the other."""
-    from all_gather_ranks import columns_in_place
-    from collective_ranks import check as check_sum
-    from collective_ranks import group_of, partials, reduce_rows
+    """Collectives in step with the other rank; odd rows, one after the other.
 
+    The groups hold no communicators of their own: NCCL's start takes minutes under a sanitizer.
+    """
+    from collective_ranks import check as check_sum
+    from collective_ranks import partials, reduce_rows
+
+    from nanoflow_tune.runtime.kernels.copy_engine import CopyEngine
+    from nanoflow_tune.runtime.kernels.gather_buffer import GatherBuffers, output_rows
+    from nanoflow_tune.runtime.kernels.symmetric_all_reduce import SymmetricLane
+
+    kernels.load("cuda")
+    group = {
+        "symmetric": SymmetricLane(),
+        "copy_engine": CopyEngine(),
+        "gathered": GatherBuffers(),
+    }
     for variant in ("symm_one_shot_8", "symm_two_shot_8", "copy_engine_add"):
-        name, group = group_of(ctx, variant)
         for rows in (1, 7, 129):
             parts = partials(ctx, rows, rows)
-            result = reduce_rows(name, parts[ctx.rank].clone(), group)
+            result = reduce_rows(variant, parts[ctx.rank].clone(), group)
             torch.cuda.synchronize()
-            check_sum(name, result, parts)
-    columns_in_place(ctx, "symm_8")
+            check_sum(variant, result, parts)
+    for rows in (1, 129):
+        parts = partials(ctx, rows, rows, 264)
+        width = ctx.world_size * 264
+        out = output_rows(group, rows, width, torch.bfloat16, torch.device(ctx.device))
+        kernel("all_gather", "symm_8", "cuda")(parts[ctx.rank], out, group, 8)
+        torch.cuda.synchronize()
+        assert torch.equal(out, torch.cat(parts, dim=1)), f"all-gather of {rows} rows"
 
 
 def main() -> None:
