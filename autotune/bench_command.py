@@ -2,6 +2,7 @@
 
     nanoflow-tune bench plan.yaml --workload 512/512 --requests 2048 --rounds 3
     nanoflow-tune bench plan.yaml --weights ./llama3-8b --books sequential,nano_only,winner
+    nanoflow-tune bench plan.yaml --dry-run                  what to expect of the plan's GPUs
 
 All requests are known at the start and run to their full lengths; ramps count. On a machine without
 the plan's GPUs a scaled-down model with short requests runs on CPU ranks: that shows that the plan
@@ -37,6 +38,7 @@ from .ablation import (
     trace_lengths,
     workload_lengths,
 )
+from .bench_forecast import FORECAST_COLUMNS, forecast_rows, replaced_remarks
 from .gpu_stage import find_devices, has_gpus, why_not
 from .op_table import gemm_peak
 
@@ -53,6 +55,15 @@ CPU_LONGEST = 256
 """Tokens of the longest; a scaled-down model has no more positions."""
 CPU_WEIGHT_BYTES = 4e9
 """A checkpoint that is larger is not run on a CPU."""
+_COLUMNS = {
+    "tokens/s/GPU": "tokens_per_s_per_gpu",
+    "J/token": "joules_per_token",
+    "W": "watts",
+    "MHz": "sm_clock_mhz",
+    "% sustained": "percent_of_optimal",
+    "% datasheet": "percent_of_datasheet",
+}
+"""Of the table, by heading."""
 Say = Callable[[str], None]
 
 
@@ -94,6 +105,10 @@ def bench(options: argparse.Namespace, say: Say) -> dict[str, Any]:
     weights, plan = Weights.parse(options.weights), load_plan(options.plan)
     model, hardware = _model(options, plan, weights), load_hardware(plan.hardware)
     check_plan(plan, OpGraph.build(model, plan.num_gpus), hardware, str(options.plan))
+    if options.dry_run:
+        return _dry_run(options, plan, model, hardware, weights, say) | {
+            "elapsed_s": round(time.monotonic() - started, 1)
+        }
     devices = find_devices()
     is_gpu = has_gpus(devices, hardware, plan.num_gpus)
     remarks = list(
@@ -119,7 +134,7 @@ def bench(options: argparse.Namespace, say: Say) -> dict[str, Any]:
     for remark in remarks:
         say(remark)
     graph = OpGraph.build(case.model, plan.num_gpus)
-    contenders = [contender(name, graph, shown, hardware) for name in names]
+    contenders = _contenders(options, graph, shown, hardware)
     runs = serve(case, contenders, options.rounds, is_gpu=is_gpu)
     for remark in (warnings := eager_warnings(runs)):
         say(remark)
@@ -146,6 +161,46 @@ def bench(options: argparse.Namespace, say: Say) -> dict[str, Any]:
     }
 
 
+def _dry_run(
+    options: argparse.Namespace,
+    plan: Plan,
+    model: ModelSpec,
+    hardware: HardwareSpec,
+    weights: Weights,
+    say: Say,
+) -> dict[str, Any]:
+    """The run that GPUs would make, from the scheduler and the plan's times; nothing is served."""
+    case, _ = _case(options, plan, model, hardware, weights, is_gpu=True)
+    contenders = _contenders(options, OpGraph.build(model, plan.num_gpus), plan, hardware)
+    for remark in (remarks := replaced_remarks(contenders)):
+        say(remark)
+    rows = forecast_rows(case, plan, contenders)
+    return {
+        "plan": str(options.plan),
+        "model": model.name,
+        "hardware": hardware.name,
+        "num_gpus": plan.num_gpus,
+        "dry_run": True,
+        "source": "predicted",
+        "workload": str(options.trace or options.workload),
+        "num_requests": len(case.lengths),
+        "num_tokens": case.num_tokens,
+        "books": rows,
+        "peaks": {},
+        "remarks": remarks,
+    }
+
+
+def _contenders(
+    options: argparse.Namespace, graph: OpGraph, plan: Plan, hardware: HardwareSpec
+) -> list[Contender]:
+    found = [contender(name, graph, plan, hardware) for name in options.books.split(",")]
+    if options.dense_batch is not None:
+        for item in found:
+            item.book.aim_at(options.dense_batch)
+    return found
+
+
 def serve(
     case: ServingCase, contenders: Sequence[Contender], rounds: int, *, is_gpu: bool
 ) -> list[ServingRun]:
@@ -163,24 +218,22 @@ def serve_all(
 
 
 def table(values: dict[str, Any]) -> Table:
-    """One row a book, medians over the rounds."""
+    """One row a book, medians over the rounds; a dry run's have what is predicted."""
     from rich import box
     from rich.table import Table
 
-    head = f"{values['model']}, {values['num_gpus']} x {values['device']}, {values['workload']}"
+    device = f"{values['hardware']}, predicted" if "dry_run" in values else values["device"]
+    head = f"{values['model']}, {values['num_gpus']} x {device}, {values['workload']}"
     title = f"{head}, {values['num_requests']} requests"
     shown = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False
     )
     shown.add_column("book")
-    for heading in ("tokens/s/GPU", "J/token", "W", "MHz", "% sustained", "% datasheet"):
+    columns = FORECAST_COLUMNS if "dry_run" in values else _COLUMNS
+    for heading in columns:
         shown.add_column(heading, justify="right")
-    columns = (
-        *("tokens_per_s_per_gpu", "joules_per_token", "watts", "sm_clock_mhz"),
-        *("percent_of_optimal", "percent_of_datasheet"),
-    )
     for row in values["books"]:
-        cells = (row.get(column) for column in columns)
+        cells = (row.get(column) for column in columns.values())
         shown.add_row(row["book"].replace("_", " "), *map(_digits, cells))
     return shown
 

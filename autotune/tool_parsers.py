@@ -180,7 +180,8 @@ def _add_bench(verbs: Any) -> None:  # noqa: ANN401
         "  nanoflow-tune bench plan.yaml\n"
         "  nanoflow-tune bench plan.yaml --books sequential,nano_only,overlapped,winner "
         "--rounds 3\n"
-        "  nanoflow-tune bench plan.yaml --workload sharegpt --weights ./llama3-8b",
+        "  nanoflow-tune bench plan.yaml --workload sharegpt --weights ./llama3-8b\n"
+        "  nanoflow-tune bench plan.yaml --requests 2048 --dry-run",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -199,6 +200,8 @@ def _add_bench(verbs: Any) -> None:  # noqa: ANN401
     add("--model", help="the model of random weights (default: the plan's)")
     add("--max-model-len", type=_positive, help="longer requests are cut, or left out of a trace")
     add("--num-pages", type=_positive, help="of the KV cache (default: what fits)")
+    add("--dense-batch", type=_positive, metavar="ROWS", help="constant one (the plan's own)")
+    add("--dry-run", action="store_true", help="predict steps and time on the plan's GPUs; no run")
     add(
         "--profile",
         default="shipped",

@@ -42,10 +42,10 @@ from nanoflow_tune.autotune.ablation import (
     workload_lengths,
 )
 from nanoflow_tune.autotune.bench_command import serve_all
+from nanoflow_tune.autotune.bench_forecast import described, forecast_rows, replaced_remarks
 from nanoflow_tune.autotune.op_table import gemm_peak
 from nanoflow_tune.autotune.provenance import commit as this_commit
 from nanoflow_tune.profiler.serving_case import Contender, ServingCase, ServingRun
-from nanoflow_tune.profiler.serving_forecast import forecast
 from nanoflow_tune.profiler.store import load_profile, profile_files
 from nanoflow_tune.runtime.op_graph import OpGraph
 from nanoflow_tune.runtime.plan import Plan
@@ -123,23 +123,11 @@ def print_forecasts(
     names: Sequence[str], cases: Sequence[ServingCase], plan: Plan, contenders: Sequence[Contender]
 ) -> None:
     """What the scheduler and the plan's times say of the runs."""
-    for item in contenders:
-        if any(not choice.is_capturable for choice in item.book.choices.values()):
-            print(
-                f"{item.name}: the plan's times are of attention that plans on the host, which an "
-                "engine on a GPU replaces"
-            )
+    for remark in replaced_remarks(contenders):
+        print(remark)
     for name, case in zip(names, cases, strict=True):
-        for item in contenders:
-            found = forecast(case, plan, item.book)
-            print(
-                f"{name}, {len(case.lengths)} requests, {item.name}: predicted "
-                f"{found.tokens_per_s_per_gpu:.0f} tokens/s/GPU in {found.elapsed_s:.1f} s; "
-                f"{found.steps} steps of {found.mean_rows:.0f} rows, "
-                f"{100 * found.full_steps / found.steps:.0f} % full, {found.padding_rows} rows of "
-                f"padding; pages {100 * found.peak_pages:.0f} % at most, "
-                f"{100 * found.mean_pages:.0f} % on average, {found.preemptions} preemptions"
-            )
+        for row in forecast_rows(case, plan, contenders):
+            print(described(name, len(case.lengths), row))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -150,6 +150,27 @@ def test_contexts_shrink_with_the_requests_so_that_the_winner_applies(plan_path,
     assert whole.lengths == ((512, 512),) * bench_command.GPU_REQUESTS
 
 
+def test_a_dry_run_says_what_the_plans_gpus_would_take_and_serves_nothing(
+    plan_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(bench_command, "serve", None)
+    command = ["bench", str(plan_path), "--dry-run", "--requests", "12", "--workload", "40/20"]
+    assert cli.main(command) == cli.DONE
+    out = capsys.readouterr().out
+    assert "llama3-8b, 1 x h200, predicted, 40/20, 12 requests" in out
+    values = last_json(out)
+    assert (values["dry_run"], values["source"], values["num_tokens"]) == (True, "predicted", 720)
+    for row in values["books"]:
+        # A prompt's last row predicts the first answer.
+        assert row["steps"] * row["mean_rows"] == pytest.approx(12 * (40 + 19), rel=0.01)
+        assert row["source"] == "predicted"
+    assert cli.main([*command, "--dense-batch", "32", "--json"]) == cli.DONE
+    narrow = last_json(capsys.readouterr().out)
+    assert narrow["books"][0]["steps"] > values["books"][0]["steps"]
+    assert cli.main([*command, "--dense-batch", "65"]) == cli.BAD_INPUT
+    assert "1 to 64 rows" in capsys.readouterr().err
+
+
 def _run(name, elapsed_s):
     return ServingRun(
         name=name,
