@@ -339,22 +339,31 @@ class Bench:
         stream = self.sweep.stream(point.num_sms)
         return self.sweep.timer.batch(self.cases.calls(point), stream)
 
-    def fastest(self, points: Iterable[Point]) -> Point:
-        """The fastest of some points in a burst; says which could not run.
+    def ranked(self, points: Iterable[Point], within: float = float("inf")) -> list[Point]:
+        """Points by their time in a burst, fastest first; says which could not run.
+
+        Args:
+            points: to measure.
+            within: times the fastest one's time; slower ones are left out.
 
         Raises:
             RuntimeError: none of them ran.
         """
-        best_us, best = float("inf"), None
-        for point in points:
+        times: list[tuple[float, int, Point]] = []
+        for number, point in enumerate(points):
             row = self.sweep.measure(point, with_joules=False)
             if row.error:
                 print(f"{point.variant} on {point.num_sms} SMs: {row.error}", file=sys.stderr)
-            elif row.median_us < best_us:
-                best_us, best = row.median_us, point
-        if best is None:
+            else:
+                times.append((row.median_us, number, point))
+        if not times:
             raise RuntimeError("no variant ran: see the messages above")
-        return best
+        times.sort(key=lambda item: item[:2])
+        return [point for us, _, point in times if us <= within * times[0][0]]
+
+    def fastest(self, points: Iterable[Point]) -> Point:
+        """The fastest of some points in a burst; see `ranked`."""
+        return self.ranked(points)[0]
 
     def add(self, figures: Iterable[Figure]) -> None:
         """Show figures as they come, and keep both files up to date: a killed run leaves them."""

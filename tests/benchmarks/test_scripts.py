@@ -122,3 +122,22 @@ def test_dry_run_prints_the_cases_and_the_seconds(script, tmp_path):
     assert all("llama2-70b TP2" in case for case in cases)
     assert last.startswith(f"{len(cases)} cases, about ")
     assert not list(tmp_path.iterdir())
+
+
+def test_variants_are_ranked_by_a_burst_and_slow_or_failing_ones_left_out(load, capsys):
+    ab = load("ab")
+    times = {"a": 12.0, "b": 10.0, "c": 10.5, "d": None}
+
+    def measure(point, with_joules):
+        us = times[point.variant]
+        return SimpleNamespace(median_us=us or 0.0, error="" if us else "refused")
+
+    bench = object.__new__(ab.Bench)
+    bench.sweep = SimpleNamespace(measure=measure)
+    points = [SimpleNamespace(variant=name, num_sms=132) for name in times]
+    assert [p.variant for p in bench.ranked(points)] == ["b", "c", "a"]
+    assert [p.variant for p in bench.ranked(points, 1.06)] == ["b", "c"]
+    assert bench.fastest(points).variant == "b"
+    assert "d on 132 SMs: refused" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="no variant ran"):
+        bench.ranked(points[3:])
