@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoflow_tune.runtime.admission import DecodeLengths, fits_peak, peak_pages
+from nanoflow_tune.runtime.admission import DecodeLengths, fits_peak, peak_pages, steady_rows
 from nanoflow_tune.runtime.page_pool import PagePool
 from nanoflow_tune.runtime.prefix_index import PrefixIndex
 from nanoflow_tune.runtime.scheduler import Scheduler
@@ -176,10 +176,20 @@ requests_st = st.lists(
 )
 
 
-@given(requests_st, st.integers(0, 12), st.integers(0, 12), st.integers(1, 9))
+@given(
+    requests_st,
+    st.integers(0, 12),
+    st.integers(0, 12),
+    st.integers(1, 9),
+    st.sampled_from([2, 128]),  # tiles of 2 rows: prompts come in at a pace
+)
 @settings(max_examples=200, deadline=None)
-def test_no_request_is_lost_or_altered_and_no_page_leaks(wishes, host_pages, disk_pages, max_rows):
-    harness = Harness(num_pages=16, host_pages=host_pages, disk_pages=disk_pages)
+def test_no_request_is_lost_or_altered_and_no_page_leaks(
+    wishes, host_pages, disk_pages, max_rows, tile_rows
+):
+    harness = Harness(
+        num_pages=16, host_pages=host_pages, disk_pages=disk_pages, tile_rows=tile_rows
+    )
     requests = {
         f"r{index}": request(f"r{index}", prompt, tokens, ignore_eos=ignore)
         for index, (prompt, tokens, ignore, _, _) in enumerate(wishes)
@@ -207,7 +217,9 @@ def test_no_request_is_lost_or_altered_and_no_page_leaks(wishes, host_pages, dis
                 "stop" if tokens[-1] == EOS and not wanted.sampling.ignore_eos else "length"
             )
     assert harness.pool.num_used == 0
-    harness.device.move(harness.scheduler._residency.ops)  # of the last ends, no step came after them
+    harness.device.move(
+        harness.scheduler._residency.ops
+    )  # of the last ends, no step came after them
     assert len(harness.device.store) == len(harness.scheduler._index._entries)
 
 
@@ -356,3 +368,42 @@ def test_a_tile_of_decodes_is_begun_when_it_can_be_filled():
     assert not fits(64, 7, room)
     assert fits(48, 100, room)  # few are not held back
     assert fits(0, 100, 1.0)
+
+
+def test_a_full_cache_in_steady_state_gains_as_many_prompts_as_it_loses_answers():
+    decodes, prompts = steady_rows(20.0, 10.0, room_pages=100.0, page_size=10)
+    assert decodes == pytest.approx(1000 / (20 + 5 + 5))
+    assert prompts / 20.0 == pytest.approx(decodes / 10.0)
+
+
+def paced(num_requests, num_pages, prompt=16, answer=16):
+    harness = Harness(
+        num_pages=num_pages, max_running=64, expected_decode_tokens=float(answer), tile_rows=4
+    )
+    for index in range(num_requests):
+        harness.add(request(f"r{index}", prompt, answer, ignore_eos=True))
+    while harness.scheduler.waiting:
+        harness.step(64)
+    return harness
+
+
+def test_more_than_the_cache_has_room_for_comes_in_at_the_pace_of_ends_in_whole_tiles():
+    pages = 70
+    decodes, prompts = steady_rows(16.0, 16.0, 0.98 * pages, PAGE)
+    assert decodes + prompts < 64
+    harness = paced(100, pages)
+    held = harness.steps[:-20]  # before those that are left find room
+    counts = [sum(len(chunk.token_ids) for _, chunk in step.chunks) for step in held]
+    assert max(counts) <= prompts + 4
+    rows = [step.num_rows for step in held if step.chunks]
+    assert sum(count % 4 == 0 for count in rows) > 0.8 * len(rows)
+    late = [len(step.decodes) for step in held[30:]]
+    assert min(late) > 0.5 * decodes  # of all ages: nothing ends all at once
+    assert harness.scheduler.totals.preemptions == 0
+
+
+def test_what_finds_room_at_once_is_not_held_back():
+    harness = paced(6, 70)
+    assert harness.steps[0].num_rows == 64
+    roomy = paced(100, 2000)
+    assert roomy.steps[0].num_rows == 64  # the cache keeps a full dense batch busy
