@@ -34,6 +34,8 @@ COMPUTE_EDGE, MEMORY_EDGE = 0.12, 0.06
 """Smallest shares, measured of variants that are worth it."""
 NETWORK_SHARES = (8, 16, 32)
 COLLECTIVE_TOKENS = (128, 256, 512, 1024, 2048)
+JOULE_TOKENS = 1024
+"""Rows of the collectives whose joules are measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +164,16 @@ def collective_points(graph: OpGraph, num_sms: int, variants: Variants) -> list[
         for kind, shape in collective_shapes(graph)
         for tokens, variant in product(COLLECTIVE_TOKENS, variants[kind])
         for share in collective_shares(variant, num_sms)
+    ]
+
+
+def collective_joule_points(graph: OpGraph, num_sms: int, variants: Variants) -> list[Point]:
+    """Collectives whose joules are measured: each variant once, on its largest share."""
+    return [
+        point
+        for point in collective_points(graph, num_sms, variants)
+        if point.tokens == JOULE_TOKENS
+        and point.num_sms == collective_shares(point.variant, num_sms)[-1]
     ]
 
 

@@ -22,13 +22,21 @@ from ..runtime.op_graph import OpGraph
 from . import interference
 from .campaign import (
     CHUNK,
+    SECONDS_PER_JOULE_POINT,
     SECONDS_PER_PAIR,
     Budget,
     measure_curves,
     measure_joules,
     stage_ends,
 )
-from .grid import Family, Variants, collective_points, families, sustained_points
+from .grid import (
+    Family,
+    Variants,
+    collective_joule_points,
+    collective_points,
+    families,
+    sustained_points,
+)
 from .interference import Fastest, Together
 from .power import PowerMeter
 from .profile import PairRow, Point, Row, TripleRow
@@ -302,6 +310,17 @@ def _measure_in_step(
             if ctx.rank == 0:
                 files.append(job.path, rows[point])
                 bar.count()
+        if "joules" in order.parts:
+            bar.enter("joules of collectives")
+            points = collective_joule_points(graph, num_sms, variants)
+            for point in agree([p for p in points if p in rows and _lacks_joules(rows[p])]):
+                if not agree(budget.has_room(SECONDS_PER_JOULE_POINT, 1.0)):
+                    break
+                dist.barrier()
+                rows[point] = sweep.measure_collective_joules(point, agree)
+                if ctx.rank == 0:
+                    files.append(job.path, rows[point])
+                    bar.count()
         fastest = Fastest(rows.values(), variants)
         pairs = interference.network_pairs(graph, fastest, num_sms, variants)
         threes = interference.network_triples(graph, fastest, num_sms, size, variants)
@@ -309,6 +328,10 @@ def _measure_in_step(
     if "pairs" in order.parts:
         entries = agree(interference.in_turn(wanted))
         _co_run(sweep, entries, files if ctx.rank == 0 else None, budget, bar, agree)
+
+
+def _lacks_joules(row: Row) -> bool:
+    return not row.error and row.joules_source != "measured"
 
 
 def _co_run(

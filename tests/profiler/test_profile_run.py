@@ -50,6 +50,14 @@ class FakeSweep:
         extra = {"joules": 1.0, "joules_source": "measured", "watts": 700.0} if with_joules else {}
         return row_of(point, linear(point), **extra)
 
+    def measure_collective(self, point):
+        self.measured.append((point, False))
+        return row_of(point, 50.0)
+
+    def measure_collective_joules(self, point, agree):
+        self.measured.append((point, True))
+        return row_of(point, 50.0, joules=0.02, joules_source="measured", watts=400.0)
+
     def measure_together(self, points, agree):
         names = "abc"[: len(points)]
         values = {f"slowdown_{name}": 1.1 for name in names} | dict(zip(names, points, strict=True))
@@ -173,6 +181,29 @@ def test_joules_of_a_later_run_are_named_in_the_header_and_replace_nothing_else(
     joules = {row.point for row in rows if row.joules_source == "measured"}
     assert joules == {point for point, _ in measured}
     assert all(row in before for row in rows if row.point not in joules)
+
+
+def test_collectives_have_joules_of_each_variant_once(measured, tmp_path, monkeypatch):
+    import torch.distributed as dist
+
+    from nanoflow_tune.profiler.grid import collective_joule_points
+    from nanoflow_tune.runtime import device
+
+    monkeypatch.setattr(device, "lane_groups", lambda ctx, schedules: {"network": None})
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda box, src: None)
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    run = order(tmp_path, ("llama2-70b",), parts=("collectives", "joules"))
+    run = replace(run, jobs=(replace(run.jobs[0], tp_degree=2),))
+    profile_run.run(RankContext(rank=0, world_size=2, device="cpu"), run)
+    graph = OpGraph.build(load_model("llama2-70b"), 2)
+    expected = collective_joule_points(graph, H200.num_sms, VARIANTS)
+    network = [point for point, is_with in measured if is_with and point.kind.startswith("all_")]
+    assert network == expected
+    assert len({(p.kind, p.variant) for p in expected}) == len(expected)
+    assert {p.num_sms for p in expected} <= {0, H200.num_sms}
+    measured.clear()
+    profile_run.run(RankContext(rank=0, world_size=2, device="cpu"), run)
+    assert not measured
 
 
 def test_a_kernel_that_takes_the_context_is_a_row_and_ends_the_run(measured, tmp_path, monkeypatch):
