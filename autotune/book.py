@@ -19,6 +19,7 @@ from .book_grid import BookGrid, GridPoint, Traffic, bucket_rows, grid_points, k
 from .book_store import BookStore
 from .bounds import lower_bound_us, power_limit_of, what_binds
 from .break_even import find_break_even
+from .gain_curve import gain_curve
 from .point_search import PointResult, PointSearch
 from .regret import Regret, find_regret
 from .resize import row_order_of, shortened
@@ -70,11 +71,12 @@ def build_book(
     taken = [point for point in points if point.key in finished]
     if taken:
         on_progress(f"{len(taken)} points are taken over from an interrupted run")
-    buckets = [main]
+    buckets = [_with_curve(main, search)]
     for point in points:
         bucket = finished.get(point.key)
         if bucket is None:
             bucket = _bucket(point, search, solved(search, point.rows, buckets))
+            bucket = _with_curve(bucket, search)
             if store:
                 store.add(bucket)
         buckets.append(bucket)
@@ -126,6 +128,10 @@ def make_bucket(
 
 def _bucket(point: GridPoint, search: PointSearch, result: PointResult) -> Bucket:
     return make_bucket(point.rows, search, result, point.mix)
+
+
+def _with_curve(bucket: Bucket, search: PointSearch) -> Bucket:
+    return replace(bucket, overlap_gain=gain_curve(bucket, search))
 
 
 def _short(candidate: Candidate) -> Candidate:

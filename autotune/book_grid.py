@@ -32,6 +32,8 @@ class BookGrid:
     """Dense-batch sizes; empty: the workload's own bucket alone."""
     contexts: tuple[float, ...]
     """Mean KV lengths of decode rows beside the workload's own."""
+    steady_loads: tuple[float, ...] = ()
+    """More of them for the steady mix, over the workload's own: other loads of attention."""
     mixes: tuple[MixKind, ...] = MIXES
     starts: int = 1
     """Schedules of neighbours and baselines that a point's search starts from."""
@@ -41,8 +43,14 @@ class BookGrid:
 
 _EVEN = (128, 256, 384, 512, 640, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 4096)
 """Close enough that padding to the next size costs little, see the regret in a report."""
-QUICK = BookGrid(tokens=_EVEN, contexts=(2048.0,))
-FULL = BookGrid(tokens=_EVEN, contexts=(512.0, 1024.0, 2048.0, 4096.0), starts=3, regret_samples=24)
+QUICK = BookGrid(tokens=_EVEN, contexts=(2048.0,), steady_loads=(0.6, 1.5))
+FULL = BookGrid(
+    tokens=_EVEN,
+    contexts=(512.0, 1024.0, 2048.0, 4096.0),
+    steady_loads=(0.5, 0.7, 1.4),
+    starts=3,
+    regret_samples=24,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +148,11 @@ def _all_points(grid: BookGrid, traffic: Traffic) -> Iterator[GridPoint]:
             fraction = traffic.decode_fraction(mix)
             for tokens in sorted(grid.tokens, reverse=True):
                 yield GridPoint(mix=mix, rows=traffic.rows(tokens, fraction, context))
+    for load in grid.steady_loads:
+        context = float(round(load * traffic.workload.decode_context_tokens))
+        for tokens in sorted(grid.tokens, reverse=True):
+            rows = traffic.rows(tokens, traffic.decode_fraction("steady"), context)
+            yield GridPoint(mix="steady", rows=rows)
 
 
 def check_sizes(tokens: Sequence[int]) -> None:

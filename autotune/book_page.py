@@ -8,9 +8,9 @@ from html import escape
 from typing import Any
 
 from ..runtime.plan import Bucket
+from ..runtime.plan_lookup import PREDICTED_MARGIN
 from .book import Book
 from .break_even import MOST_LISTED, sentence
-from .race import PREDICTED_MARGIN
 from .regret import Regret, RegretSample
 
 Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]

@@ -7,13 +7,9 @@ from dataclasses import replace
 
 from ..runtime.op_graph import OpGraph
 from ..runtime.plan import Candidate, Schedule
+from ..runtime.plan_lookup import MEASURED_MARGIN, PREDICTED_MARGIN
 from ..runtime.schedule import IllegalScheduleError, concurrent_pairs, output_forms
 
-PREDICTED_MARGIN = 0.02
-"""A schedule must be predicted faster than the sequential one by more than this part to win: the
-error of predictions against the measured iterations in results/."""
-MEASURED_MARGIN = 0.005
-"""The same for measured ones: medians of one interleaved run repeat to about this part."""
 BASELINES = "nano_only", "equal_split"
 """Schedules that need no search, beside the sequential one."""
 

@@ -1,10 +1,11 @@
 """What an offline run would take, from the scheduler alone: no GPU, no torch, a second or so.
 
 The engine's own scheduler forms every step, with its admission, chunks and pages; nothing is
-computed. A step's time is that of its schedule in the plan: what does not depend on the KV cache
+computed. A step's time is that of the sequential plan, where what does not depend on the KV cache
 scales with rows, and decode attention with the keys that are read, at `KV_BANDWIDTH` of the memory
-bandwidth. So steps, rows and pages are exact for requests that run to their full lengths, and the
-time is as good as the plan's.
+bandwidth; an overlapped schedule takes less by the gain for which the engine chooses it. So steps,
+rows and pages are exact for requests that run to their full lengths, and the time is as good as the
+plan's.
 """
 
 from __future__ import annotations
@@ -125,15 +126,14 @@ def _step_us(case: ServingCase, plan: Plan, book: PlanBook, step: Step) -> tuple
     positions_R = step.inputs.decode_positions_R
     decodes, keys = len(positions_R), int(positions_R.sum()) + len(positions_R)
     mean = keys / decodes if decodes else 0.0
-    choice = book.choose(decodes, step.num_rows - decodes, mean).choice
-    bucket = _bucket(plan, choice.rows, decodes / step.num_rows, mean)
-    is_winner = choice.schedule == bucket.winner.schedule
-    candidate = bucket.winner if is_winner else bucket.sequential
-    known_us = candidate.best_known.period_us
+    chosen = book.choose(decodes, step.num_rows - decodes, mean)
+    rows = chosen.choice.rows
+    bucket = _bucket(plan, rows, decodes / step.num_rows, mean)
+    known_us = bucket.sequential.best_known.period_us
     key_us = _key_us(case)
     own_us = min(known_us, bucket.decode_tokens * bucket.decode_context_tokens * key_us)
-    part = max(MIN_TIME, choice.rows / bucket.dense_batch_tokens)
-    return choice.rows, (known_us - own_us) * part + keys * key_us
+    part = max(MIN_TIME, rows / bucket.dense_batch_tokens)
+    return rows, ((known_us - own_us) * part + keys * key_us) / (1 + chosen.gain)
 
 
 def _bucket(plan: Plan, rows: int, decode_fraction: float, mean_keys: float) -> Bucket:

@@ -15,14 +15,17 @@ Ids are `<op>.<k>`: the k-th nano-op of that op in token order.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
+from itertools import pairwise
+from math import log
 from typing import Literal
 
 from ..search_spaces.schema import Dtype, RowOrder
 
-SCHEMA = "nanoflow-plan/2"
-READABLE_SCHEMAS = ("nanoflow-plan/1", SCHEMA)
-"""1: one bucket or more, each schedule written where it is used."""
+SCHEMA = "nanoflow-plan/3"
+READABLE_SCHEMAS = ("nanoflow-plan/1", "nanoflow-plan/2", SCHEMA)
+"""1: each schedule written where it is used. 2: buckets without gains."""
 MAX_TOKENS, MAX_NANO_OPS, MAX_STAGE, MAX_GPUS = 1 << 20, 512, 16, 1024
 """What goes over rows, nano-ops, periods or ranks one by one is bounded, whatever a file says."""
 SM_FREE_VARIANTS = ("copy_engine",)
@@ -196,6 +199,40 @@ class Verification:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GainCurve:
+    """How much faster than the sequential plan a schedule is, by what attention reads. Predicted.
+
+    The batch has the bucket's rows and mix, with other KV lengths.
+    """
+
+    keys_per_row: tuple[float, ...]
+    """Decode rows x their mean KV length / all rows, ascending; two or more."""
+    gains: tuple[float, ...]
+    """Time of the sequential plan / time of the schedule - 1, at each of them."""
+
+    def __post_init__(self) -> None:
+        keys = self.keys_per_row
+        if len(keys) < 2 or len(keys) != len(self.gains):
+            raise ValueError(
+                "`keys_per_row` and `gains` must have two or more entries each, equally many, but "
+                f"got {len(keys)} and {len(self.gains)}"
+            )
+        if keys[0] <= 0 or any(b <= a for a, b in pairwise(keys)):
+            raise ValueError(f"`keys_per_row` must be positive and ascending, but got {keys}")
+        if min(self.gains) <= -1:
+            raise ValueError(f"`gains` must be greater than -1, but got {self.gains}")
+
+    def at(self, keys_per_row: float) -> float | None:
+        """The gain there, interpolated over the logarithm; None beyond the ends."""
+        keys = self.keys_per_row
+        if not keys[0] <= keys_per_row <= keys[-1]:
+            return None
+        place = max(1, bisect_left(keys, keys_per_row))
+        part = log(keys_per_row / keys[place - 1]) / log(keys[place] / keys[place - 1])
+        return self.gains[place - 1] + part * (self.gains[place] - self.gains[place - 1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
     """What to run at one dense-batch size and mix."""
 
@@ -213,11 +250,18 @@ class Bucket:
     """What binds: `compute`, `memory`, `network` or `power`."""
     verification: tuple[Verification, ...] = ()
     mix: MixKind = "steady"
+    overlap_gain: GainCurve | None = None
+    """Of `best_overlapped`; None where there are no decode rows, or nothing was looked at."""
 
     @property
     def prefill_tokens(self) -> int:
         """Prefill rows."""
         return self.dense_batch_tokens - self.decode_tokens
+
+    @property
+    def keys_per_row(self) -> float:
+        """What decode attention reads, in keys for each row of the batch."""
+        return self.decode_tokens * self.decode_context_tokens / self.dense_batch_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

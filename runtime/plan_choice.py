@@ -1,7 +1,8 @@
 """What runs a step: a schedule of the plan, chosen by rows, mix and KV length.
 
 Small steps run sequential schedules in sizes between the plan's, so that little is padding; where
-the plan knows better for a size, mix and KV length, its winner runs. Every choice says why. Without
+an overlapped schedule of the plan gains at what attention has to read, padding included, that runs.
+Every choice says why. Without
 a plan (or with one that fits only roughly) all schedules are sequential. No torch here.
 """
 
@@ -16,13 +17,13 @@ from .host_planned import host_planned, without_host_planned
 from .legality import check
 from .op_graph import OpGraph, OpKind
 from .plan import Bucket, NanoBatch, NanoOp, Plan, Schedule
-from .plan_lookup import distance, holds, nearest
+from .plan_lookup import MAX_DISTANCE, distance, gain_over_sequential, margin_of, nearest
 
 SMALLEST_ROWS = 16
 TILE_ROWS = 128
 """Rows of the largest GEMM tiles."""
-MAX_DISTANCE = 0.25
-"""A winner is used when mix and KV length are this near to those it was found for."""
+MOST_PADDING = 0.25
+"""Of a dense batch, in rows that an overlapped schedule may have more than the step needs."""
 _MIN_TIME = 0.15
 """Of a bucket's time: what a step of few rows takes at least, since all weights are read."""
 
@@ -61,6 +62,8 @@ class Chosen:
 
     choice: Choice
     reason: str
+    gain: float = 0.0
+    """Over a sequential schedule of as many rows as the choice has, as far as it is known."""
 
     @property
     def label(self) -> str:
@@ -96,14 +99,18 @@ class PlanBook:
         self.target_rows = plan.buckets[0].dense_batch_tokens if plan else self._sizes[-1]
         """The constant dense batch: the plan's own bucket comes first in it."""
         self._sequential = dict(sequential)
-        self._winners: dict[int, Choice] = {}
+        self._overlapped: dict[int, Choice] = {}
         for index, bucket in enumerate(plan.buckets if plan is not None else ()):
-            period = bucket.winner.best_known.period_us
-            self._winners[index] = Choice(
-                key=f"bucket {index}", schedule=bucket.winner.schedule, period_us=period
-            )
+            if even_losing or _is_worth_knowing(bucket):
+                candidate = bucket.winner if even_losing else bucket.best_overlapped
+                self._overlapped[index] = Choice(
+                    key=f"bucket {index}",
+                    schedule=candidate.schedule,
+                    period_us=candidate.best_known.period_us,
+                )
         self.choices = {
-            choice.key: choice for choice in (*self._sequential.values(), *self._winners.values())
+            choice.key: choice
+            for choice in (*self._sequential.values(), *self._overlapped.values())
         }
 
     @classmethod
@@ -197,9 +204,10 @@ class PlanBook:
             return replace(choice, schedule=schedule, is_replaced=True) if remarks else choice
 
         self._sequential = {rows: held(choice) for rows, choice in self._sequential.items()}
-        self._winners = {index: held(choice) for index, choice in self._winners.items()}
+        self._overlapped = {index: held(choice) for index, choice in self._overlapped.items()}
         self.choices = {
-            choice.key: choice for choice in (*self._sequential.values(), *self._winners.values())
+            choice.key: choice
+            for choice in (*self._sequential.values(), *self._overlapped.values())
         }
         self.replaced = tuple(said)
         return self.replaced
@@ -236,20 +244,44 @@ class PlanBook:
         sequential = self._sequential[size]
         if self._plan is None:
             return Chosen(choice=sequential, reason=self._remark)
+        if self._even_losing:
+            return self._nearest_winner(size, num_decodes / rows, mean_kv_len)
+        best = Chosen(
+            choice=sequential,
+            reason="no overlapped schedule is known to gain at "
+            f"{num_decodes * mean_kv_len / size:.0f} keys a row",
+        )
+        most = 0.0
+        for index, choice in self._overlapped.items():
+            bucket, padded = self._plan.buckets[index], choice.rows
+            if not size <= padded <= size * (1 + MOST_PADDING):
+                continue
+            fraction = num_decodes / padded
+            gain = gain_over_sequential(bucket, fraction, mean_kv_len)
+            if gain is None or (worth := (1 + gain) * size / padded - 1) <= most:
+                continue
+            if worth > margin_of(bucket):
+                most = worth
+                said = f"{100 * worth:.0f} % faster at {fraction * mean_kv_len:.0f} keys a row"
+                best = Chosen(choice=choice, reason=said, gain=gain)
+        return best
+
+    def _nearest_winner(self, size: int, fraction: float, mean_kv_len: float) -> Chosen:
+        """The winner of the nearest bucket of a size, whether it gains or not."""
+        sequential = self._sequential[size]
+        assert self._plan is not None
         buckets = [bucket for bucket in self._plan.buckets if bucket.dense_batch_tokens == size]
         if not buckets:
             return Chosen(choice=sequential, reason=f"the plan has no bucket of {size} rows")
-        fraction = num_decodes / rows
         bucket = nearest(buckets, fraction, mean_kv_len)
         away = distance(bucket, fraction, mean_kv_len)
         if away > MAX_DISTANCE:
             said = f"mix and KV length are {away:.2f} from the nearest bucket"
             return Chosen(choice=sequential, reason=said)
-        if not self._even_losing and not holds(bucket, away):
-            said = f"the winner's gain is too small {away:.2f} from its bucket"
-            return Chosen(choice=sequential, reason=said)
         index = next(i for i, b in enumerate(self._plan.buckets) if b is bucket)
-        return Chosen(choice=self._winners[index], reason=f"the plan's winner at {size} rows")
+        periods = bucket.sequential.best_known.period_us, bucket.winner.best_known.period_us
+        said = f"the plan's winner at {size} rows"
+        return Chosen(choice=self._overlapped[index], reason=said, gain=periods[0] / periods[1] - 1)
 
     def rows_within(self, limit_s: float, measured_s: Mapping[int, float]) -> int:
         """Rows of the largest dense batch whose step keeps a time limit; at least the smallest.
@@ -301,6 +333,14 @@ def with_rows(schedule: Schedule, rows: int) -> Schedule:
         nano_batches=(NanoBatch(tokens=(0, rows), decode_tokens=decodes),),
         nano_ops=tuple(replace(nano_op, tokens=(0, rows)) for nano_op in schedule.nano_ops),
     )
+
+
+def _is_worth_knowing(bucket: Bucket) -> bool:
+    """Whether its overlapped schedule gains anywhere."""
+    curve = bucket.overlap_gain
+    if curve is None:
+        return bucket.winner.schedule.is_overlapped
+    return max(curve.gains) > margin_of(bucket)
 
 
 def _nearest_size(plan: Plan, rows: int) -> Bucket:

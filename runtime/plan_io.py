@@ -34,6 +34,7 @@ _FLOW_KEYS = (
     "best_overlapped",
     "verification",
     "break_even",
+    "overlap_gain",
 )
 """Values under these keys are written in flow style, list items one a line."""
 
@@ -83,7 +84,7 @@ def load_plan(
             f"{path}: `schema`: must be {SCHEMA!r}, but got {schema!r}; make the plan anew with "
             "this version of nanoflow-tune"
         )
-    if schema == SCHEMA:
+    if schema != READABLE_SCHEMAS[0]:
         mapping = _resolved(mapping, str(path))
     plan = replace(from_mapping(Plan, mapping, str(path)), schema=SCHEMA)
     if not plan.buckets:

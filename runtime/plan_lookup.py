@@ -1,7 +1,7 @@
 """Which bucket of a plan a step runs: by rows, by the part of them that decodes, by KV length.
 
-    rows      the smallest dense batch that holds them; the rest of it is padding
-    mix, KV   the nearest grid point of that size
+    bucket_for             the smallest dense batch that holds the rows, its nearest grid point
+    gain_over_sequential   what a grid point's overlapped schedule gains in any mix and KV length
 
 The ranges of a schedule's nano-ops do not depend on how many of their rows decode, so a schedule
 runs any mix of its size once its nano-batches are told how many (`with_decodes`). No torch.
@@ -18,10 +18,19 @@ from .plan import Bucket, NanoBatch, Plan, Schedule
 
 KV_WEIGHT = 0.25
 """Twice the KV length is as far away as a quarter of all rows changing from decode to prefill."""
-
+PREDICTED_MARGIN = 0.02
+"""A schedule must be predicted faster than the sequential one by more than this part to be run: the
+error of predictions against the measured iterations in results/."""
+MEASURED_MARGIN = 0.005
+"""The same for measured ones: medians of one interleaved run repeat to about this part."""
+MIX_LOSS = 0.06
+"""Gain that a schedule loses as its part of decode rows goes from all to none while attention reads
+as much. Predicted, llama3-8b on one H200: 2.2 points from one half to one eighth."""
 LOST_GAIN = 0.35
-"""Gain over the sequential plan that a winner loses for each unit of distance, at worst. From 120
-random batches of llama3-8b on one H200, predicted: gains of 2 to 6 % at the point of the book."""
+"""Gain that is lost for each unit of distance, at worst, where a plan has no curve. From 120 random
+batches of llama3-8b on one H200, predicted: gains of 2 to 6 % at the point of the book."""
+MAX_DISTANCE = 0.25
+"""Beyond it nothing is known without a curve."""
 
 
 def bucket_sizes(plan: Plan) -> tuple[int, ...]:
@@ -79,13 +88,42 @@ def distance(bucket: Bucket, decode_fraction: float, mean_context: float) -> flo
     return away
 
 
-def holds(bucket: Bucket, away: float) -> bool:
-    """Whether its winner is still worth running at this distance, or the sequential plan is safer.
+def gain_over_sequential(
+    bucket: Bucket, decode_fraction: float, mean_context: float
+) -> float | None:
+    """What its overlapped schedule gains over the sequential plan, in a batch of as many rows.
 
-    What overlap hides is attention, and a batch with less of it has less to hide.
+    What overlap hides is attention, and shares of the SMs suit one load of it: so the gain goes by
+    the keys that attention reads, whatever decode rows and KV lengths they are of, and little by
+    the mix. Where the plan has no curve, it falls with the distance.
+
+    Args:
+        bucket: of the plan.
+        decode_fraction: decode rows / rows of the bucket's dense batch.
+        mean_context: mean KV length of the decode rows.
+
+    Returns:
+        Sequential time / overlapped time - 1, as far as it can be relied upon; None: nobody knows.
     """
-    gain = bucket.sequential.best_known.period_us / bucket.winner.best_known.period_us - 1
-    return gain >= LOST_GAIN * away
+    best, sequential = bucket.best_overlapped, bucket.sequential
+    own = sequential.best_known.period_us / best.best_known.period_us - 1
+    curve = bucket.overlap_gain
+    if curve is None:
+        if not bucket.winner.schedule.is_overlapped:
+            return None
+        away = distance(bucket, decode_fraction, mean_context)
+        return own - LOST_GAIN * away if away <= MAX_DISTANCE else None
+    found, known = curve.at(decode_fraction * mean_context), curve.at(bucket.keys_per_row)
+    if found is None:
+        return None
+    measured = own - known if known is not None else 0.0
+    own_fraction = bucket.decode_tokens / bucket.dense_batch_tokens
+    return found + measured - MIX_LOSS * abs(decode_fraction - own_fraction)
+
+
+def margin_of(bucket: Bucket) -> float:
+    """Gain from which its overlapped schedule is run."""
+    return PREDICTED_MARGIN if bucket.best_overlapped.measured is None else MEASURED_MARGIN
 
 
 def is_interleaved(schedule: Schedule) -> bool:

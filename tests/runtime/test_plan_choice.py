@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from builders import tiny_model
 from engine_builders import MODEL, book_of, bucket
 
 from nanoflow_tune.runtime.op_graph import OpGraph
+from nanoflow_tune.runtime.plan import GainCurve
 from nanoflow_tune.runtime.plan_choice import PlanBook, step_sizes
 from nanoflow_tune.runtime.schedule import IllegalScheduleError
 
@@ -14,7 +17,7 @@ GRAPH = OpGraph.build(MODEL)
 def test_a_full_step_like_the_bucket_runs_the_winner():
     chosen = book_of().choose(32, 32, 24.0)
     assert chosen.choice.schedule.name == "overlapped"
-    assert chosen.label == "overlapped (the plan's winner at 64 rows)"
+    assert chosen.label == "overlapped (11 % faster at 12 keys a row)"
 
 
 def test_small_steps_run_the_smallest_sequential_schedule_that_holds_them():
@@ -22,13 +25,13 @@ def test_small_steps_run_the_smallest_sequential_schedule_that_holds_them():
     assert book.sizes == (16, 32, 64)
     chosen = book.choose(20, 0, 24.0)
     assert (chosen.choice.rows, chosen.choice.schedule.name) == (32, "sequential")
-    assert "no bucket of 32 rows" in chosen.reason
+    assert chosen.reason == "no overlapped schedule is known to gain at 15 keys a row"
 
 
-def test_a_step_far_from_every_bucket_runs_sequentially_and_says_how_far():
+def test_a_step_far_from_every_bucket_runs_sequentially():
     far_mix = book_of().choose(64, 0, 24.0)
     assert far_mix.choice.schedule.name == "sequential"
-    assert "0.50 from the nearest bucket" in far_mix.reason
+    assert "gain at 24 keys a row" in far_mix.reason
     far_kv = book_of().choose(32, 32, 24.0 * 8)
     assert far_kv.choice.schedule.name == "sequential"
 
@@ -38,6 +41,38 @@ def test_the_nearest_of_several_buckets_is_chosen():
     book = book_of(buckets=buckets)
     assert book.choose(64, 0, 24.0).choice.key == "bucket 1"
     assert book.choose(30, 34, 80.0).choice.key == "bucket 2"
+
+
+def _with_curve(bucket, gains):
+    keys = tuple(part * bucket.keys_per_row for part in (0.5, 1.0, 2.0))
+    return replace(bucket, overlap_gain=GainCurve(keys_per_row=keys, gains=gains))
+
+
+def test_the_schedule_that_gains_most_at_the_load_runs_whoever_won_at_its_point():
+    own = bucket(GRAPH, 64, 32)
+    loses = bucket(GRAPH, 64, 32, context=48.0)
+    loses = replace(loses, winner=loses.sequential)
+    gain = loses.sequential.predicted.period_us / loses.best_overlapped.predicted.period_us - 1
+    buckets = _with_curve(own, (0.03, gain, 0.0)), _with_curve(loses, (0.0, gain, 0.2))
+    book = book_of(buckets=buckets)
+    assert book.choose(32, 32, 24.0).choice.key == "bucket 0"
+    assert book.choose(32, 32, 90.0).choice.key == "bucket 1"
+    assert book.choose(64, 0, 44.0).choice.key == "bucket 1"  # as many keys, other rows
+    assert book.choose(32, 32, 97.0).choice.schedule.name == "sequential"  # beyond the curve
+
+
+def test_padding_counts_against_a_larger_overlapped_schedule():
+    buckets = (_with_curve(bucket(GRAPH, 640, 320), (0.1, 1 / 0.9 - 1, 0.1)), bucket(GRAPH, 16, 8))
+    book = book_of(buckets=buckets)
+    assert book.choose(300, 240, 24.0).choice.key == "bucket 0"
+    assert book.choose(290, 220, 24.0).choice.schedule.name == "sequential"  # of 512 rows
+    (gain,) = (c.gain for c in [book.choose(320, 320, 24.0)])
+    assert gain == pytest.approx(1 / 0.9 - 1)
+
+
+def test_a_schedule_that_gains_nowhere_is_no_choice():
+    book = book_of(buckets=(_with_curve(bucket(GRAPH, 64, 32), (0.0, 0.01, -0.1)),))
+    assert all(choice.schedule.name == "sequential" for choice in book.choices.values())
 
 
 def test_a_remark_leaves_sequential_schedules_alone():

@@ -162,7 +162,7 @@ def test_a_wrong_reference_is_refused_with_its_path(written, change, message):
 
 def test_another_schema_is_refused(written):
     _edit(written, lambda m: m.update(schema="nanoflow-plan/9"))
-    with pytest.raises(SpecError, match=r"plan.yaml: `schema`: must be 'nanoflow-plan/2'.*anew"):
+    with pytest.raises(SpecError, match=r"plan.yaml: `schema`: must be 'nanoflow-plan/3'.*anew"):
         load_plan(written)
 
 

@@ -9,8 +9,14 @@ from hypothesis import strategies as st
 
 from nanoflow_tune.runtime.legality import check
 from nanoflow_tune.runtime.op_graph import OpGraph
-from nanoflow_tune.runtime.plan import Bucket, Candidate, Plan, Timing
-from nanoflow_tune.runtime.plan_lookup import bucket_for, bucket_sizes, holds, nearest, with_decodes
+from nanoflow_tune.runtime.plan import Bucket, Candidate, GainCurve, Plan, Timing
+from nanoflow_tune.runtime.plan_lookup import (
+    bucket_for,
+    bucket_sizes,
+    gain_over_sequential,
+    nearest,
+    with_decodes,
+)
 
 GRAPH = OpGraph.build(tiny_model())
 SIZES = (128, 256, 512, 1024)
@@ -111,14 +117,58 @@ def test_a_step_that_no_bucket_holds_is_refused(decodes, prefills, message):
         bucket_for(BOOK, decodes, prefills, 512.0)
 
 
-def test_a_small_gain_does_not_hold_far_from_its_bucket():
-    bucket = _bucket(128, 64, 512.0)
-    assert holds(bucket, 0.0)
-    assert not holds(bucket, 0.01)
-    faster = Timing(period_us=1 / 1.07, source="predicted")
-    bucket = replace(bucket, winner=replace(bucket.winner, predicted=faster))
-    assert holds(bucket, 0.19)
-    assert not holds(bucket, 0.21)
+def _faster(bucket, part):
+    """The bucket with an overlapped schedule that takes this part of the sequential time."""
+    timing = Timing(period_us=part, source="predicted")
+    candidate = replace(bucket.best_overlapped, predicted=timing)
+    return replace(bucket, winner=candidate, best_overlapped=candidate)
+
+
+def test_without_a_curve_the_gain_falls_with_the_distance():
+    bucket = _faster(_bucket(128, 64, 512.0), 1 / 1.07)
+    assert gain_over_sequential(bucket, 0.5, 512.0) == pytest.approx(0.07)
+    assert gain_over_sequential(bucket, 0.7, 512.0) == pytest.approx(0.07 - 0.35 * 0.2)
+    assert gain_over_sequential(bucket, 0.8, 512.0) is None
+    sequential_wins = replace(bucket, winner=bucket.sequential)
+    assert gain_over_sequential(sequential_wins, 0.5, 512.0) is None
+
+
+CURVE = GainCurve(keys_per_row=(128.0, 256.0, 512.0), gains=(0.02, 0.10, -0.04))
+
+
+def test_a_curve_is_read_at_the_keys_for_each_row_whatever_rows_they_are_of():
+    bucket = replace(_faster(_bucket(128, 64, 512.0), 1 / 1.10), overlap_gain=CURVE)
+    assert bucket.keys_per_row == 256.0
+    assert gain_over_sequential(bucket, 0.5, 512.0) == pytest.approx(0.10)
+    assert gain_over_sequential(bucket, 0.25, 1024.0) == pytest.approx(0.10 - 0.06 * 0.25)
+    assert gain_over_sequential(bucket, 0.5, 2**0.5 * 256) == pytest.approx(0.06)
+    assert gain_over_sequential(bucket, 0.5, 1024.0) == pytest.approx(-0.04)
+    assert gain_over_sequential(bucket, 0.5, 1025.0) is None
+    assert gain_over_sequential(bucket, 0.0, 0.0) is None
+
+
+def test_a_measured_gain_lifts_the_whole_curve():
+    bucket = _faster(_bucket(128, 64, 512.0), 1 / 1.10)
+    measured = Timing(period_us=1 / 1.14, source="measured")
+    best = replace(bucket.best_overlapped, measured=measured)
+    bucket = replace(bucket, best_overlapped=best, overlap_gain=CURVE)
+    assert gain_over_sequential(bucket, 0.5, 512.0) == pytest.approx(0.14)
+    assert gain_over_sequential(bucket, 0.5, 1024.0) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "gains", "message"),
+    [
+        ((1.0,), (0.1,), "two or more entries"),
+        ((1.0, 2.0), (0.1,), "equally many"),
+        ((2.0, 2.0), (0.1, 0.1), "ascending"),
+        ((0.0, 2.0), (0.1, 0.1), "positive"),
+        ((1.0, 2.0), (0.1, -1.0), "greater than -1"),
+    ],
+)
+def test_a_curve_that_means_nothing_is_refused(keys, gains, message):
+    with pytest.raises(ValueError, match=message):
+        GainCurve(keys_per_row=keys, gains=gains)
 
 
 def test_decode_rows_keep_the_row_order_of_the_schedule():
