@@ -251,16 +251,17 @@ class PlanBook:
             reason="no overlapped schedule is known to gain at "
             f"{num_decodes * mean_kv_len / size:.0f} keys a row",
         )
-        most = 0.0
+        most = -1.0
         for index, choice in self._overlapped.items():
             bucket, padded = self._plan.buckets[index], choice.rows
             if not size <= padded <= size * (1 + MOST_PADDING):
                 continue
             fraction = num_decodes / padded
             gain = gain_over_sequential(bucket, fraction, mean_kv_len)
-            if gain is None or (worth := (1 + gain) * size / padded - 1) <= most:
+            if gain is None:
                 continue
-            if worth > margin_of(bucket):
+            worth = (1 + gain) * size / padded - 1
+            if worth >= margin_of(bucket) and worth > most:
                 most = worth
                 said = f"{100 * worth:.0f} % faster at {fraction * mean_kv_len:.0f} keys a row"
                 best = Chosen(choice=choice, reason=said, gain=gain)

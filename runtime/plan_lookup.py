@@ -122,7 +122,9 @@ def gain_over_sequential(
 
 
 def margin_of(bucket: Bucket) -> float:
-    """Gain from which its overlapped schedule is run."""
+    """Gain from which its overlapped schedule is run; without a curve its losses are the margin."""
+    if bucket.overlap_gain is None:
+        return 0.0
     return PREDICTED_MARGIN if bucket.best_overlapped.measured is None else MEASURED_MARGIN
 
 

@@ -24,6 +24,7 @@ PAGES = sorted(DOCS.glob("*.md"))
 RECORDS = (
     plan.Plan,
     plan.Bucket,
+    plan.GainCurve,
     plan.Candidate,
     plan.Timing,
     plan.Schedule,
