@@ -52,22 +52,28 @@ def trace_lengths(path: Path, max_tokens: int, limit: int) -> list[tuple[int, in
     Raises:
         ValueError: unreadable, a column is missing, a number is none, or nothing fits.
     """
+    return [(prompt, answer) for prompt, answer, _ in trace_rows(path, max_tokens, limit)]
+
+
+def trace_rows(path: Path, max_tokens: int, limit: int) -> list[tuple[int, int, str]]:
+    """The same with the text of each request's TIMESTAMP; empty without that column."""
     try:
         text = read_bounded(path).decode("utf-8-sig")
         lines = csv.DictReader(io.StringIO(text, newline=""))
         missing = {"ContextTokens", "GeneratedTokens"} - set(lines.fieldnames or ())
         if missing:
             raise ValueError(f"{path} must have the column(s) {', '.join(sorted(missing))}")
-        lengths = [
+        rows = [
             (
                 _whole(line["ContextTokens"], f"{path}, row {number}: ContextTokens"),
                 _whole(line["GeneratedTokens"], f"{path}, row {number}: GeneratedTokens"),
+                line.get("TIMESTAMP") or "",
             )
             for number, line in enumerate(lines, start=1)
         ]
     except (OSError, UnicodeDecodeError, csv.Error) as err:
         raise ValueError(f"{path}: the trace cannot be read ({err}); check the path") from err
-    fitting = [(p, d) for p, d in lengths if p > 0 and d > 0 and p + d <= max_tokens][:limit]
+    fitting = [row for row in rows if min(row[:2]) > 0 and sum(row[:2]) <= max_tokens][:limit]
     if not fitting:
         raise ValueError(f"{path} has no request of at most {max_tokens} tokens")
     return fitting
@@ -177,6 +183,11 @@ def table_row(run: ServingRun, peaks: Mapping[str, float], num_parameters: int) 
         "preemptions": stats.preemptions_total,
         "host_s": round(stats.host_s_total, 3),
         "last_plan": stats.plan_in_use,
+        **{
+            f"{name}_ms_{part}": _known(value, 3)
+            for name, parts in run.latencies.items()
+            for part, value in parts.items()
+        },
     }
 
 

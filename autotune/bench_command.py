@@ -2,9 +2,12 @@
 
     nanoflow-tune bench plan.yaml --workload 512/512 --requests 2048 --rounds 3
     nanoflow-tune bench plan.yaml --weights ./llama3-8b --books sequential,nano_only,winner
+    nanoflow-tune bench plan.yaml --workload sharegpt --rate 40
     nanoflow-tune bench plan.yaml --dry-run                  what to expect of the plan's GPUs
 
-All requests are known at the start and run to their full lengths; ramps count. On a machine without
+All requests are known at the start and run to their full lengths; ramps count. With `--rate` they
+come when they are due, and latencies are told: time to first token, per token, normalised (whole
+time over generated tokens). On a machine without
 the plan's GPUs a scaled-down model with short requests runs on CPU ranks: that shows that the plan
 is served, and says nothing about speed. No torch here: ranks serve.
 """
@@ -17,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..profiler.serving_case import Contender, ServingCase, ServingRun, serve_contenders
 from ..profiler.store import load_profile, profile_files, shipped_profile
@@ -38,12 +41,10 @@ from .ablation import (
     trace_lengths,
     workload_lengths,
 )
-from .bench_forecast import FORECAST_COLUMNS, forecast_rows, replaced_remarks
+from .arrivals import poisson_arrivals, trace_arrivals
+from .bench_forecast import forecast_rows, replaced_remarks
 from .gpu_stage import find_devices, has_gpus, why_not
 from .op_table import gemm_peak
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 RANDOM = "random"
 TIMEOUT_S = 6 * 3600.0
@@ -55,15 +56,6 @@ CPU_LONGEST = 256
 """Tokens of the longest; a scaled-down model has no more positions."""
 CPU_WEIGHT_BYTES = 4e9
 """A checkpoint that is larger is not run on a CPU."""
-_COLUMNS = {
-    "tokens/s/GPU": "tokens_per_s_per_gpu",
-    "J/token": "joules_per_token",
-    "W": "watts",
-    "MHz": "sm_clock_mhz",
-    "% sustained": "percent_of_optimal",
-    "% datasheet": "percent_of_datasheet",
-}
-"""Of the table, by heading."""
 Say = Callable[[str], None]
 
 
@@ -153,6 +145,7 @@ def bench(options: argparse.Namespace, say: Say) -> dict[str, Any]:
         "num_requests": len(case.lengths),
         "num_tokens": case.num_tokens,
         "rounds": options.rounds,
+        "rate_per_s": options.rate,
         "books": [_median(rows, name) for name in names],
         "runs": rows,
         "peaks": peaks,
@@ -217,34 +210,6 @@ def serve_all(
         return ranks.call(serve_contenders, list(cases), list(contenders), rounds)[0]
 
 
-def table(values: dict[str, Any]) -> Table:
-    """One row a book, medians over the rounds; a dry run's have what is predicted."""
-    from rich import box
-    from rich.table import Table
-
-    device = f"{values['hardware']}, predicted" if "dry_run" in values else values["device"]
-    head = f"{values['model']}, {values['num_gpus']} x {device}, {values['workload']}"
-    title = f"{head}, {values['num_requests']} requests"
-    shown = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False
-    )
-    shown.add_column("book")
-    columns = FORECAST_COLUMNS if "dry_run" in values else _COLUMNS
-    for heading in columns:
-        shown.add_column(heading, justify="right")
-    for row in values["books"]:
-        cells = (row.get(column) for column in columns.values())
-        shown.add_row(row["book"].replace("_", " "), *map(_digits, cells))
-    return shown
-
-
-def _digits(cell: float | None) -> str:
-    """Four digits, whole numbers from 1000 on, a dash for what is not known."""
-    if cell is None:
-        return "-"
-    return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.4g}"
-
-
 def _model(options: argparse.Namespace, plan: Plan, weights: Weights) -> ModelSpec:
     if weights.folder is None:
         return load_model(options.model or plan.model)
@@ -290,6 +255,7 @@ def _case(
             f"--max-model-len must be at most the model's {model.max_position_embeddings} "
             f"positions, but is {longest}"
         )
+    due_s = _due_s(options, num_requests, longest)
     lengths = (
         trace_lengths(options.trace, longest, num_requests)
         if options.trace
@@ -313,8 +279,22 @@ def _case(
         num_pages=num_pages,
         seed=weights.seed,
         weights=weights.folder,
+        due_s=due_s,
     )
     return case, plan
+
+
+def _due_s(options: argparse.Namespace, num_requests: int, longest: int) -> tuple[float, ...]:
+    """When each request arrives; empty: all at the start."""
+    rate = options.rate
+    if rate is None:
+        return ()
+    if options.dry_run:
+        raise ValueError("--dry-run predicts offline runs: give it without --rate")
+    if options.trace:
+        return trace_arrivals(options.trace, longest, num_requests, rate)
+    workload = load_workload(options.workload)
+    return poisson_arrivals(workload, num_requests, longest, options.seed, rate)
 
 
 def _cpu_model(plan: Plan, model: ModelSpec, weights: Weights) -> ModelSpec:

@@ -252,7 +252,8 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from .bench_command import bench, table
+    from .bench_command import bench
+    from .bench_table import table
 
     values = bench(options, _say)  # rank 0 draws how far it is
     if not options.json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,7 @@ def _add_bench(verbs: Any) -> None:  # noqa: ANN401
         "  nanoflow-tune bench plan.yaml --books sequential,nano_only,overlapped,winner "
         "--rounds 3\n"
         "  nanoflow-tune bench plan.yaml --workload sharegpt --weights ./llama3-8b\n"
+        "  nanoflow-tune bench plan.yaml --workload sharegpt --rate 40\n"
         "  nanoflow-tune bench plan.yaml --requests 2048 --dry-run",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -200,6 +202,13 @@ def _add_bench(verbs: Any) -> None:  # noqa: ANN401
     add("--model", help="the model of random weights (default: the plan's)")
     add("--max-model-len", type=_positive, help="longer requests are cut, or left out of a trace")
     add("--num-pages", type=_positive, help="of the KV cache (default: what fits)")
+    add(
+        "--rate",
+        type=_rate,
+        metavar="REQUESTS/S",
+        help="send requests when they are due, Poisson or as in a trace's TIMESTAMPs at this mean "
+        "rate, and tell latencies (default: all at once)",
+    )
     add("--dense-batch", type=_positive, metavar="ROWS", help="constant one (the plan's own)")
     add("--dry-run", action="store_true", help="predict steps and time on the plan's GPUs; no run")
     add(
@@ -217,4 +226,11 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, but got {value}")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not (0 < value < math.inf):
+        raise argparse.ArgumentTypeError(f"must be positive and finite, but got {value:g}")
     return value

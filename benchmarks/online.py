@@ -34,6 +34,7 @@ from ab import recorded_command
 from figures import FigureRow, summary, write_figures
 
 from nanoflow_tune.autotune.provenance import commit as this_commit
+from nanoflow_tune.profiler.latency import Served, percentiles, summarise
 from nanoflow_tune.profiler.traffic import PlannedRequest, plan_traffic
 from nanoflow_tune.search_spaces.loader import load_workload
 
@@ -43,34 +44,6 @@ LATE_S = 0.05
 """A client that sends this much later than planned measures itself."""
 FIRST_TOKEN_ID, NUM_TOKEN_IDS = 10, 250
 """Prompts are drawn from ids that every vocabulary has, special ones mostly left out."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
-    """What became of a request; times in seconds from the start of the run."""
-
-    due_s: float
-    sent_s: float
-    first_token_s: float
-    end_s: float
-    prompt_tokens: int
-    decode_tokens: int
-
-    @property
-    def ttft_s(self) -> float:
-        """Time to first token, from when the request was due."""
-        return self.first_token_s - self.due_s
-
-    @property
-    def tpot_s(self) -> float:
-        """Time per output token after the first; nan with one token."""
-        later = self.decode_tokens - 1
-        return (self.end_s - self.first_token_s) / later if later else math.nan
-
-    @property
-    def normalised_s(self) -> float:
-        """Whole time over generated tokens."""
-        return (self.end_s - self.due_s) / self.decode_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,23 +61,6 @@ class Outcome:
         return tokens / max(request.end_s for request in self.served)
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """Mean, p50, p90 and p99 of what is not nan."""
-    known = np.asarray(values)[~np.isnan(values)]
-    if not known.size:
-        return dict.fromkeys(("mean", "p50", "p90", "p99"), math.nan)
-    p50, p90, p99 = (float(value) for value in np.percentile(known, (50, 90, 99)))
-    return {"mean": float(known.mean()), "p50": p50, "p90": p90, "p99": p99}
-
-
-def summarise(outcome: Outcome) -> dict[str, dict[str, float]]:
-    """Percentiles of the three latencies, in milliseconds."""
-    return {
-        name: percentiles([1e3 * getattr(request, f"{name}_s") for request in outcome.served])
-        for name in ("ttft", "tpot", "normalised")
-    }
-
-
 def figure(outcome: Outcome, case: str, gpu: str) -> FigureRow:
     """p99 over mean of the normalised latency.
 
@@ -116,7 +72,7 @@ def figure(outcome: Outcome, case: str, gpu: str) -> FigureRow:
             f"every request must be served, but {len(outcome.failed)} were not "
             f"({outcome.failed[0]}); offer less load"
         )
-    normalised = summarise(outcome)["normalised"]
+    normalised = summarise(outcome.served)["normalised"]
     if normalised["mean"] > MEAN_LIMIT_MS:
         raise ValueError(
             f"the mean normalised latency must be within {MEAN_LIMIT_MS:g} ms/token, but is "
@@ -255,7 +211,7 @@ def table(outcome: Outcome, rate: float) -> str:
         f"{rate:.2f} requests/s; {outcome.tokens_per_s:.0f} tokens/s",
         f"{'ms':>12}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}",
     ]
-    for name, values in summarise(outcome).items():
+    for name, values in summarise(outcome.served).items():
         lines.append(f"{name:>12}" + "".join(f"{value:10.2f}" for value in values.values()))
     return "\n".join(lines)
 

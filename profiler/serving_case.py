@@ -1,4 +1,4 @@
-"""Offline runs of the engine, as the parent process sees them: the case, the books, the results.
+"""Runs of the engine, as the parent process sees them: the case, the books, the results.
 
 No torch here: the parent (command line) asks for runs with `serve_contenders`, which travels
 to the ranks by name; what they do is in `serving_run.py`.
@@ -7,10 +7,10 @@ to the ranks by name; what they do is in `serving_run.py`.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..runtime.plan_choice import PlanBook
 from ..runtime.scheduler_records import SchedulerLimits
@@ -40,6 +40,8 @@ class ServingCase:
     seed: int = 0
     weights: Path | None = None
     """A Hugging Face folder; None: random ones by `seed`."""
+    due_s: tuple[float, ...] = ()
+    """When each request arrives, seconds after the start, ascending; empty: all at the start."""
 
     @property
     def num_tokens(self) -> int:
@@ -88,6 +90,9 @@ class ServingRun:
     watts: float
     sm_clock_mhz: float
     stats: EngineStats
+    latencies: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Any])
+    """Milliseconds: `ttft`, `tpot`, `normalised`, each with mean, p50, p90, p99; empty when all
+    requests were there from the start."""
 
     @property
     def tokens_per_s(self) -> float:

@@ -1,4 +1,4 @@
-"""Offline runs of the engine: all requests at once, plan books side by side, joules counted.
+"""Runs of the engine: requests all at once or when due, plan books side by side, joules counted.
 
 Runs on every tensor-parallel rank (module-level functions for `runtime.launch.RankGroup`): rank 0
 holds the engine, the others follow. Weights and cache stay between runs, so that books that are
@@ -34,13 +34,15 @@ from ..runtime.op_graph import OpGraph
 from ..runtime.plan import Schedule
 from ..runtime.rank_runner import LeadingRunner, follow, step_group
 from ..runtime.schedule import has_o_columns
-from ..runtime.sequence import Event, FinishEvent, GenerationRequest, SamplingParams
+from ..runtime.sequence import GenerationRequest, SamplingParams
 from ..runtime.step import StepInputs
 from ..runtime.verify_rank import default_resources
 from ..runtime.weights import Weights, random_weights
 from ..search_spaces.schema import ModelSpec
+from .latency import summarise
 from .power import PowerMeter
 from .progress import REDRAWN_AFTER_S, HandBar, TokenBar, stderr_console
+from .request_feed import RequestFeed
 from .serving_case import RESERVED_BYTES, Contender, ServingCase, ServingRun
 
 _POLL_S = 0.1
@@ -320,45 +322,33 @@ def _lead(
 
     engine = Engine(engine_config(case, loaded, contender), contender.book, lead)
     engine.start()
-    done = threading.Semaphore(0)
-    failures: list[str] = []
+    feed = RequestFeed(requests_of(case), case.due_s)
 
-    def on_event(event: Event) -> None:
-        if isinstance(event, FinishEvent):
-            if event.reason != "length":
-                failures.append(f"{event.request_id} ended with {event.reason}: {event.message}")
-            done.release()
-
-    requests = requests_of(case)
-    elapsed: list[float] = []
+    def tick(elapsed_s: float) -> None:
+        bar.during(contender.name, _served(engine), elapsed_s)
 
     def serve() -> None:
-        began_s = time.perf_counter()
-        for request in requests:
-            engine.submit(request, on_event)
-        for _ in requests:
-            is_done = False
-            while not is_done:
-                is_done = done.acquire(timeout=REDRAWN_AFTER_S if bar.bar.is_shown else None)
-                bar.during(contender.name, _served(engine), time.perf_counter() - began_s)
-        elapsed.append(time.perf_counter() - began_s)
+        feed.run(engine.submit, tick, REDRAWN_AFTER_S if bar.bar.is_shown else None)
 
     meter.measure(serve)
     engine.close()
-    bar.after(case.num_tokens, elapsed[0])
+    bar.after(case.num_tokens, feed.elapsed_s)
     if engine.failure is not None:
         raise engine.failure
-    if failures:
-        raise RuntimeError(f"{len(failures)} requests were not served whole: {failures[0]}")
+    if feed.failures:
+        count, first = len(feed.failures), feed.failures[0]
+        raise RuntimeError(f"{count} requests were not served whole: {first}")
+    served = feed.served()
     return ServingRun(
         name=contender.name,
-        elapsed_s=elapsed[0],
+        elapsed_s=feed.elapsed_s,
         num_tokens=case.num_tokens,
         num_gpus=case.tp_degree,
         joules=meter.joules,
         watts=meter.watts,
         sm_clock_mhz=meter.sm_clock_mhz,
         stats=engine.stats,
+        latencies=summarise(served) if served else {},
     )
 
 

@@ -171,6 +171,30 @@ def test_a_dry_run_says_what_the_plans_gpus_would_take_and_serves_nothing(
     assert "1 to 64 rows" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("source", ["workload", "trace"])
+def test_requests_that_come_when_they_are_due_are_told_latencies_of(
+    plan_path, tmp_path, capsys, source
+):
+    flags = ["--requests", "12", "--books", "winner", "--rate", "40"]
+    if source == "trace":
+        trace = tmp_path / "trace.csv"
+        rows = "".join(f"2023-11-16 18:00:{n // 2:02d}.5000000,40,20\n" for n in range(12))
+        trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)
+        flags += ["--trace", str(trace)]
+    assert cli.main(["bench", str(plan_path), *flags]) == cli.DONE
+    out = capsys.readouterr().out
+    assert "TTFT ms" in out
+    values = last_json(out)
+    assert values["rate_per_s"] == 40
+    (row,) = values["books"]
+    assert 0 < row["ttft_ms_p50"] <= row["ttft_ms_p99"]
+    assert row["tpot_ms_mean"] > 0
+    assert 0 < row["normalised_ms_mean"] <= row["normalised_ms_p99"]
+    assert row["elapsed_s"] > 0.05
+    if source == "trace":
+        assert row["elapsed_s"] > 11 / 40
+
+
 def _run(name, elapsed_s):
     return ServingRun(
         name=name,
@@ -223,6 +247,7 @@ def test_on_a_gpu_percentages_are_of_the_measured_peak_and_of_the_datasheet(
         (["--trace", "nowhere.csv"], "cannot be read"),
         (["--model", "llama2-70b"], "llama2-70b"),
         (["--max-model-len", "999999"], "positions"),
+        (["--dry-run", "--rate", "3"], "without --rate"),
     ],
 )
 def test_bad_input_exits_with_2_and_names_what_is_wrong(plan_path, flags, said, capsys):

@@ -63,7 +63,7 @@ def test_latencies_by_hand(load):
     online = load("online")
     served = (_served(online, 1, 2, 6, 5), _served(online, 0, 3, 3, 1))
     outcome = online.Outcome(served=served, failed=())
-    found = online.summarise(outcome)
+    found = online.summarise(outcome.served)
     assert found["ttft"]["mean"] == pytest.approx(2000)
     assert found["tpot"]["p99"] == pytest.approx(1000)
     assert found["normalised"]["p50"] == pytest.approx((1000 + 3000) / 2)
