@@ -89,7 +89,11 @@ def test_a_layer_is_what_the_layers_that_are_taken_off_leave(fake_gpu):
 
 
 def test_a_clearly_slower_schedule_has_turns_in_half_of_the_rounds_only(fake_gpu):
-    timings = iteration.measure_schedules(None, None, (10.0, 10.5, 100.0), 4, 0.5)
+    class Named(float):
+        name = "as long as it is"
+
+    schedules = tuple(map(Named, (10.0, 10.5, 100.0)))
+    timings = iteration.measure_schedules(None, None, schedules, 4, 0.5)
     assert [timing.period_us for timing in timings] == [260.0, 268.0, 1700.0]
     fast, near, slow = (executor.replays for executor in fake_gpu.made)
     assert fast == near
