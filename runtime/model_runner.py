@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batch_memory import BatchSizes, num_page_entries, staging_bytes
 from .engine_config import RunnerSizes
 from .executor import Executor, Resources
 from .kv_cache import PagedKvCache
@@ -36,7 +37,7 @@ from .plan_choice import TILE_ROWS, Choice, PlanBook
 from .plan_lookup import is_interleaved
 from .sampling import SamplingTable, TokenSampler
 from .slot_needs import SlotNeeds
-from .static_batch import BatchSizes, StaticBatch, num_page_entries, staging_bytes
+from .static_batch import StaticBatch
 from .step import StepInputs
 from .weights import Weights
 

@@ -23,77 +23,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .batch_layout import Piece, Range, RowPlaces, place_rows
+from .batch_memory import (
+    BatchSizes,
+    attention_ranges,
+    num_page_entries,
+    page_tables_in,
+    staging_fields,
+)
 from .batching import DenseBatch
 from .kernels.registry import DecodeRows, PrefillRows
 from .page_tables import PageTables
 from .plan import Schedule
-from .staging import Array, Field, Staging, num_bytes
+from .staging import Array, Staging
 from .step import NOT_YET_KNOWN, StepInputs
-
-_ALIGNED_ENTRIES = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchSizes:
-    """What a static batch has room for."""
-
-    num_logits: int
-    max_chunks: int
-    max_pages: int
-    """Of one request."""
-    num_slots: int
-    page_size: int
-
-
-def _fields(schedule: Schedule, sizes: BatchSizes) -> dict[str, Field]:
-    rows, logits = schedule.dense_batch_tokens, sizes.num_logits
-    fields: dict[str, Field] = {
-        "host_ids_T": ("i8", (rows,)),
-        "sources_T": ("i8", (rows,)),
-        "slots_T": ("i8", (rows,)),
-        "logit_rows_R": ("i8", (logits,)),
-        "logit_slots_R": ("i8", (logits,)),
-        "positions_T": ("i4", (rows,)),
-        "is_known_T": ("?", (rows,)),
-    }
-    segments = sizes.max_chunks + len(schedule.nano_batches)
-    for op, (start, end) in attention_ranges(schedule):
-        if op == "decode_attention":
-            fields[f"{op}/{start}/rows"] = ("i4", (end - start,))
-            fields[f"{op}/{start}/kv_lens"] = ("i4", (end - start,))
-            fields[f"{op}/{start}/slots"] = ("i4", (end - start,))
-        else:
-            for name in ("rows", "counts", "positions", "slots"):
-                fields[f"{op}/{start}/{name}"] = ("i4", (segments,))
-    return fields
-
-
-def _table_rows(schedule: Schedule, sizes: BatchSizes) -> dict[str, int]:
-    """Rows of the page table of each attention nano-op, by the start of its fields' names."""
-    segments = sizes.max_chunks + len(schedule.nano_batches)
-    return {
-        f"{op}/{start}/": end - start if op == "decode_attention" else segments
-        for op, (start, end) in attention_ranges(schedule)
-    }
-
-
-def staging_bytes(schedule: Schedule, sizes: BatchSizes) -> int:
-    """Of device memory that a batch's numbers take."""
-    return num_bytes(_fields(schedule, sizes))
-
-
-def num_page_entries(schedule: Schedule, sizes: BatchSizes) -> int:
-    """Of device memory that a batch's page tables take, int32."""
-    return sum(_entries(rows, sizes.max_pages) for rows in _table_rows(schedule, sizes).values())
-
-
-def attention_ranges(schedule: Schedule) -> tuple[tuple[str, Range], ...]:
-    """Attention nano-ops of a schedule: op and rows; no two of an op start at the same row."""
-    return tuple(
-        (nano_op.op, nano_op.tokens)
-        for nano_op in schedule.nano_ops
-        if nano_op.op in ("decode_attention", "prefill_attention")
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +75,7 @@ class StaticBatch(DenseBatch):
             page_block: of `num_page_entries`, for page numbers alone; other batches may share it.
         """
         device = last_tokens_N.device
-        staging = Staging(_fields(schedule, sizes), device, block)
+        staging = Staging(staging_fields(schedule, sizes), device, block)
         tensors = staging.tensors
         if page_block is None:
             entries = num_page_entries(schedule, sizes)
@@ -153,7 +95,7 @@ class StaticBatch(DenseBatch):
             is_captured=is_captured,
             staging=staging,
             last_tokens_N=last_tokens_N,
-            page_tables=_split(page_block, _table_rows(schedule, sizes), sizes.max_pages),
+            page_tables=page_tables_in(page_block, schedule, sizes),
             live={},
         )
         batch.clear()
@@ -369,22 +311,6 @@ class StaticBatch(DenseBatch):
 
     def _tensors(self, prefix: str, shown: int) -> Callable[[str], Tensor]:
         return lambda name: self.staging.tensors[prefix + name][:shown]
-
-
-def _entries(num_rows: int, num_columns: int) -> int:
-    """Of a table, up to where the next one may begin: kernels are compiled for aligned ones."""
-    return -(-num_rows * num_columns // _ALIGNED_ENTRIES) * _ALIGNED_ENTRIES
-
-
-def _split(block: Tensor, rows: Mapping[str, int], num_columns: int) -> dict[str, Tensor]:
-    """Tables of so many rows, one behind the other in a block."""
-    tables: dict[str, Tensor] = {}
-    begin = 0
-    for name, count in rows.items():
-        end = begin + count * num_columns
-        tables[name] = block[begin:end].view(count, num_columns)
-        begin += _entries(count, num_columns)
-    return tables
 
 
 def _no_tables(max_pages: int) -> PageTables:

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoflow_tune.runtime.batch_layout import place_rows
+from nanoflow_tune.runtime.batch_memory import BatchSizes, attention_ranges
 from nanoflow_tune.runtime.op_graph import OpGraph
 from nanoflow_tune.runtime.page_tables import PageTables
-from nanoflow_tune.runtime.static_batch import BatchSizes, StaticBatch, attention_ranges
+from nanoflow_tune.runtime.static_batch import StaticBatch
 from nanoflow_tune.runtime.step import NOT_YET_KNOWN, Chunk, StepInputs
 
 GRAPH = OpGraph.build(tiny_model())
