@@ -57,7 +57,8 @@ class _EngineCollector(Collector):
         for field, (name, text) in _COUNTERS.items():
             yield CounterMetricFamily(_PREFIX + name, text, value=getattr(stats, field))
         plan = GaugeMetricFamily(_PREFIX + "plan_in_use", "Plan of the last step", labels=["plan"])
-        plan.add_metric([stats.plan_in_use], 1)
+        # By name alone: the reason behind it has numbers of the step, and each would be a series.
+        plan.add_metric([stats.plan_in_use.partition(" (")[0]], 1)
         yield plan
 
 

@@ -40,7 +40,7 @@ class FakeEngine:
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self.eos_token_ids = eos_token_ids
-        self.stats = EngineStats(kv_pages_total=100, plan_in_use="sequential")
+        self.stats = EngineStats(kv_pages_total=100, plan_in_use="sequential (7 keys)")
         self.failure: BaseException | None = None
         self.may_go_on = threading.Event()
         self.may_go_on.set()

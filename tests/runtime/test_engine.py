@@ -90,8 +90,10 @@ def test_the_plan_runs_full_steps_and_sequential_schedules_small_ones(weights):
 
     engine._launch = recording
     run_all(engine, [make_request(f"r{i}", 20, 30, ignore_eos=True) for i in range(40)])
-    assert any("winner at 64 rows" in label for rows, label in labels if rows == 64)
-    assert all("no bucket of" in label for rows, label in labels if rows < 64)
+    full = [label for rows, label in labels if rows == 64]
+    assert any(label.startswith("overlapped (") and "faster" in label for label in full)
+    small = [label for rows, label in labels if rows < 64]
+    assert all(label.startswith("sequential (no overlapped schedule") for label in small)
 
 
 def test_cancelled_requests_end_and_their_pages_come_back(weights):
