@@ -3,7 +3,7 @@
 stderr shows progress; stdout holds a short table, the verdict, and one line of JSON last.
 
     0 done   1 crash   2 bad input   3 no feasible plan   4 verification failed   5 a GPU failed
-    130 interrupted
+    130 interrupted   141 the reader of the output is gone
 
 Bad input includes what the file system refuses: a read-only folder, a full disk.
 """
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-DONE, CRASH, BAD_INPUT, NO_PLAN, NOT_VERIFIED, INTERRUPTED = 0, 1, 2, 3, 4, 130
+DONE, CRASH, BAD_INPUT, NO_PLAN, NOT_VERIFIED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 4, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,10 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if getattr(options, "json", False):
         os.environ.setdefault("NANOFLOW_NO_BARS", "--json")  # ranks get it too
     try:
-        return _COMMANDS[options.verb](options)
+        code = _COMMANDS[options.verb](options)
+        sys.stdout.flush()  # here, where a reader that is gone is understood
+        return code
     except KeyboardInterrupt:
         _say_interrupted(options)
         return INTERRUPTED
+    except (BrokenPipeError, SystemExit):  # the latter by rich: the reader left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
+        return PIPE_CLOSED
     except Exception as err:  # the boundary: every error becomes an exit code
         if options.debug:
             traceback.print_exc()
@@ -302,8 +307,7 @@ def _show(values: dict[str, Any], folder: Path, *, is_json_only: bool) -> None:
         book = (values.get("book") or {}).get("sentence", "")
         for text in filter(None, (values["verdict"], book, values["next_step"])):
             stdout.print(text, markup=False, highlight=False)
-        page = f"report: {folder / 'report.html'}"
-        stdout.print(page, markup=False, highlight=False, soft_wrap=True)
+        stdout.print(f"report: {folder}/report.html", markup=False, highlight=False, soft_wrap=True)
     print(json_line(values), flush=True)
 
 

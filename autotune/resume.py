@@ -166,7 +166,7 @@ def check_resumable(folder: Path, *, points: int, kept: KeptRun) -> None:
     why = (
         f"{', '.join(sorted(left))} is of other inputs (model, profile, seed, effort ...)"
         if left
-        else "it holds no unfinished run"
+        else "it holds no unfinished run whose search had ended"
     )
     raise ValueError(
         f"--resume needs a run that was interrupted in {folder}, but {why}; name its --output-dir "

@@ -282,3 +282,18 @@ def test_two_jobs_at_once(tmp_path):
     children = [start(tmp_path / "out") for _ in range(2)]
     ends = sorted((child.communicate()[1], child.returncode) for child in children)
     assert sorted(code for _, code in ends) == [cli.DONE, cli.BAD_INPUT], ends
+
+
+@pytest.mark.parametrize("arguments", [["models"], ["export", "--to", "schema"]])
+def test_a_reader_that_leaves_early_is_no_crash(arguments):
+    """As in `nanoflow-tune models | head -1`."""
+    code = "import sys; from nanoflow_tune.autotune.cli import main; sys.exit(main())"
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-c", code, *arguments]
+    ran = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, check=False)
+    os.close(writes)
+    assert ran.returncode == 141
+    assert b"crashed" not in ran.stderr
+    assert b"Traceback" not in ran.stderr
+    assert b"Exception ignored" not in ran.stderr
