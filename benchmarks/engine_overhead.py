@@ -42,10 +42,10 @@ from nanoflow_tune.runtime.plan_io import load_plan
 from nanoflow_tune.search_spaces.loader import load_hardware, load_model
 
 if TYPE_CHECKING:
-    from nanoflow_tune.runtime.step_watch import Runner
     from nanoflow_tune.runtime.model_runner import Launched, Sampled
     from nanoflow_tune.runtime.sequence import Event
     from nanoflow_tune.runtime.step import StepInputs
+    from nanoflow_tune.runtime.step_watch import Runner
 
 REACH = "<= 2"
 SETTLING, SKIPPED = 4, 2
