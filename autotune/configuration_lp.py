@@ -4,7 +4,11 @@ A configuration is a set of nano-ops that may run at the same instant, each with
 kernel: at most one of each lane, on shares that fit on the GPU together, none of which waits for
 another one. In it each runs at the rate 1 / (time alone x its slowdown beside the others). Time and
 joules are minimised together, as both belong to the choice of shares and kernels, for clocks x of
-a small range (`Cell`): times at its upper end, joules at its lower one.
+a range (`Cell`). A configuration may run at either end of it, with joules that are a little less, so
+that no clock in between is better: what it earns (below) is a sum over ops of v x - m J x^(1 + e)
+while their time follows the clock, which is above its chord by e (1 + e) / 8 x (width of the
+range)^2 of its second term at most. Ops whose time follows the clock in a part of the range have
+their rate at the upper end, and those whose time does not follow it have joules of the lower one.
 
     minimise P                                   period of an iteration, in us
     P >= L sum_c x_c + time beyond the layers    x_c: time spent in configuration c, in us a layer
@@ -14,11 +18,12 @@ a small range (`Cell`): times at its upper end, joules at its lower one.
 
 Any schedule spends its time in configurations, so none is shorter. What the LP leaves out: when a
 nano-op may start (order within a layer beyond "never beside"), that it keeps its share and runs in
-one go, and most synchronisation. A collective without SMs makes the norm behind it longer; that is
+one go, and some synchronisation. A collective without SMs makes the norm behind it longer; that is
 a linear term of the norm's row.
 
 There are up to a million configurations, so columns are generated: prices v_i of a few columns,
-then the configuration that earns most at these prices. Prices v >= 0 and any price m >= 0 of the
+then the configuration that earns most at these prices, among those whose options would earn enough
+if nothing slowed them. Prices v >= 0 and any price m >= 0 of the
 joules give a valid bound: with M the most that a configuration earns per us, sum_i rate_ic (v_i -
 m J_ic),
 
@@ -29,6 +34,7 @@ so that stopping early, or having no LP solver at all, costs tightness and never
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +44,7 @@ from numpy.typing import NDArray
 from .highs_banner import silence_banner
 
 Array = NDArray[np.float64]
+Singles = NDArray[np.float32]
 Indices = NDArray[np.intp]
 
 MAX_ROUNDS = 40
@@ -47,6 +54,10 @@ TOLERANCE = 1e-4
 """Relative distance between the LP's value and the bound at which generation stops."""
 THREADS = 2
 """As many as the structure MILP has: HiGHS refuses to run with another number in one process."""
+END = 1 << 40
+"""Between the numbers of a configuration's columns at both ends of a cell."""
+ROUNDING = 1e-5
+"""Far above that of sums in single precision."""
 NOTHING = -1
 
 
@@ -59,9 +70,9 @@ class Cell:
     num_layers: int
     beyond_us: float
     """Time, at the upper end."""
-    us_per_joule: float
-    """Time that the cap asks for a dynamic joule (at the highest clock), at the lower end; 0
-    without a cap."""
+    us_per_joule: tuple[float, float]
+    """Time that the cap asks for a dynamic joule (at the highest clock), at both ends, the lower one
+    first; 0 without a cap."""
     beyond_cap_us: float
     """Joules, as time."""
 
@@ -82,8 +93,10 @@ class Lane:
     """`NOTHING` for nothing."""
     us: Array
     """Time at the highest clock, with nothing slowing it."""
-    alone_us: Array
-    """Time where nothing else runs: a schedule in one lane may need no synchronisation."""
+    sync_us: Array
+    """Synchronisation before it, which follows no clock."""
+    alone_sync_us: Array
+    """The same with nothing beside it."""
     stretch: Array
     """Clock below which it is longer in proportion."""
     joules: Array
@@ -91,18 +104,51 @@ class Lane:
     is_hidden: NDArray[np.bool_]
     """Memory-bound: of what the clock and the neighbours cost it, the larger counts."""
 
-    def lengths(self, clock: float) -> tuple[Array, Array]:
-        """(time alone at the highest clock, factor at this one)."""
-        return self.us, np.maximum(1.0, self.stretch / clock)
+    def factor(self, clock: float) -> Array:
+        """How much longer it takes at a clock."""
+        return np.maximum(1.0, self.stretch / clock)
+
+    def factor_in(self, clock: float, cell: Cell) -> Array:
+        """The same at an end of a cell: of the upper end where it follows the clock in a part."""
+        is_part = (self.stretch > cell.low) & (self.stretch < cell.high)
+        return np.where(is_part, self.factor(cell.high), self.factor(clock))
+
+    def alone_us(self, clock: float) -> Array:
+        """Time with nothing beside it."""
+        return self.us * self.factor(clock) + self.alone_sync_us
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Together:
-    """What may run together, and how fast: arrays over triples of options [c, m, n]."""
+    """The configurations: triples of options, one of each lane, that may run together."""
 
-    can: NDArray[np.bool_]
-    slowdowns: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
+    places: tuple[Indices, Indices, Indices]
+    """By lane, the option of each configuration; all in order of the first lane's."""
+    slowdowns: tuple[Singles, Singles, Singles]
     """Product of the pairwise slowdowns of the option of each lane beside the others."""
+    numbers: Indices
+    """By which a configuration is known where some are left out; rising."""
+
+    @property
+    def size(self) -> int:
+        """Number of configurations."""
+        return len(self.places[0])
+
+    def kept(self, keep: Sequence[NDArray[np.bool_]]) -> Together:
+        """Those of some options only, which are numbered anew."""
+        stays = np.ones(self.size, dtype=bool)
+        for place, mask in zip(self.places, keep, strict=True):
+            stays &= mask[place]
+        renamed = [np.cumsum(mask) - 1 for mask in keep]
+        first, second, third = (
+            new[place[stays]] for new, place in zip(renamed, self.places, strict=True)
+        )
+        slow_1, slow_2, slow_3 = (slow[stays] for slow in self.slowdowns)
+        return Together(
+            places=(first, second, third),
+            slowdowns=(slow_1, slow_2, slow_3),
+            numbers=self.numbers[stays],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,60 +204,95 @@ class Bound:
     """By node, in us."""
     used: tuple[Array, Array, Array]
     """By lane and option: part of its nano-op that the LP does with it; zeros without a solver."""
+    taken: tuple[int, ...] = ()
+    """Numbers of the configurations that the LP spends time in."""
 
 
 class Rates:
-    """Rates of all options in all configurations, in one cell, in single precision.
+    """Rates of all options in all configurations at both ends of a cell, in single precision.
 
     Their rounding, 1e-7, is a thousandth of `TOLERANCE`.
     """
 
     def __init__(self, problem: Problem, cell: Cell) -> None:
         self.problem, self.cell = problem, cell
-        self.rates: list[NDArray[np.float32]] = []
-        shape = problem.together.can.shape
+        together = problem.together
+        ends = (cell.low, cell.high) if cell.low < cell.high else (cell.high,)
+        self.num_ends = len(ends)
+        self.places: list[Indices] = [np.tile(place, len(ends)) for place in together.places]
+        """By lane, the option of each column."""
+        self.numbers = np.concatenate(
+            [together.numbers + END * number for number in range(len(ends))]
+        )
+        """Of columns, for another problem of the same cut; rising."""
+        is_busy = [
+            place < len(lane.node) - 1
+            for place, lane in zip(together.places, problem.lanes, strict=True)
+        ]
+        is_alone = np.sum(is_busy, axis=0) == 1
+        self.rates: list[Singles] = []
+        self._quickest: list[Array] = []
+        for number, options in enumerate(problem.lanes):
+            place, slow = together.places[number], together.slowdowns[number]
+            at_ends: list[Singles] = []
+            for clock in ends:
+                factor = options.factor_in(clock, cell)
+                hidden = options.is_hidden & (factor > 1.0)
+                least = np.where(hidden, factor, 0.0).astype(np.float32)
+                times = (options.us * np.where(hidden, 1.0, factor)).astype(np.float32)
+                taken = np.maximum(slow, least[place]) * times[place]
+                taken += options.sync_us.astype(np.float32)[place]
+                alone = (options.us * factor + options.alone_sync_us).astype(np.float32)
+                taken = np.where(is_alone, alone[place], taken)
+                at_ends.append(np.where(is_busy[number], 1.0 / taken, np.float32(0.0)))
+            self.rates.append(np.concatenate(at_ends))
+            self._quickest.append(options.alone_us(cell.high))
+        self.joules = np.zeros(len(self.numbers))
+        """What the cap asks for each column's joules, us per us."""
         for lane, options in enumerate(problem.lanes):
-            us, factor = options.lengths(cell.high)
-            view = [1, 1, 1]
-            view[lane] = shape[lane]
-            slow = problem.together.slowdowns[lane]
-            hidden = options.is_hidden & (options.stretch > cell.high)
-            least = np.where(hidden, factor, 0.0).reshape(view).astype(np.float32)
-            times = (us * np.where(hidden, 1.0, factor)).reshape(view).astype(np.float32)
-            rate = np.maximum(slow, least)
-            rate *= times
-            np.divide(problem.together.can, rate, out=rate)
-            index: list[slice | int] = [-1] * 3
-            index[lane] = slice(None)
-            alone = 1.0 / (options.alone_us * np.maximum(1.0, options.stretch / cell.high))
-            rate[tuple(index)] = alone
-            index = [slice(None)] * 3
-            index[lane] = -1
-            rate[tuple(index)] = 0.0
-            self.rates.append(rate)
-        self.joules = [lane.joules * cell.us_per_joule for lane in problem.lanes]
+            at_ends_us = [options.joules * us for us in cell.us_per_joule[: len(ends)]]
+            worth = np.concatenate([us[together.places[lane]] for us in at_ends_us])
+            self.joules += self.rates[lane] * worth
+        self._least = [lane.joules * cell.us_per_joule[0] for lane in problem.lanes]
 
-    def earnings(self, prices: Array, joule_price: float) -> NDArray[np.float32]:
-        """Of each configuration, per us."""
-        total, part = np.empty_like(self.rates[0]), np.empty_like(self.rates[0])
+    def earnings(
+        self, prices: Array, joule_price: float, least: float = -np.inf
+    ) -> tuple[Indices, Singles]:
+        """Configurations that may earn more than `least` per us, and what each earns."""
+        worths: list[Singles] = []
+        together = self.problem.together
+        most = np.zeros(together.size, dtype=np.float32)
         for lane, options in enumerate(self.problem.lanes):
-            view = [1, 1, 1]
-            view[lane] = len(options.node)
             worth = np.where(options.node >= 0, prices[options.node], 0.0)
-            worth = worth - joule_price * self.joules[lane]
             for one in self.problem.longer if lane == 2 else ():
                 worth[one.option] -= one.part * prices[one.norm]
-            out = part if lane else total
-            np.multiply(self.rates[lane], worth.reshape(view).astype(np.float32), out=out)
-            if lane:
-                total += part
-        return total
+            best = np.maximum(worth - joule_price * self._least[lane], 0.0) / self._quickest[lane]
+            most += best.astype(np.float32)[together.places[lane]]
+            worths.append(worth.astype(np.float32))
+        likely = np.flatnonzero(most > least * (1 - ROUNDING) if least > 0 else most > -np.inf)
+        chosen = np.concatenate([likely + end * together.size for end in range(self.num_ends)])
+        earned = (-joule_price * self.joules[chosen]).astype(np.float32)
+        for lane, worth in enumerate(worths):
+            earned += self.rates[lane][chosen] * worth[self.places[lane][chosen]]
+        return chosen, earned
 
 
-def solve(problem: Problem, cell: Cell, enough_us: float = float("inf")) -> Bound:
-    """The best bound of the LP in one cell; a bound of `enough_us` is not improved further."""
+def solve(
+    problem: Problem,
+    cell: Cell,
+    enough_us: float = float("inf"),
+    likely: Sequence[int] = (),
+) -> Bound:
+    """The best bound of the LP in one cell.
+
+    Args:
+        problem: of a cut.
+        cell: clocks.
+        enough_us: a bound that is not improved further.
+        likely: numbers of configurations to begin with, those that a similar problem used.
+    """
     rates = Rates(problem, cell)
-    master = _Master(problem, rates)
+    master = _Master(problem, rates, likely)
     if not master.is_available:
         return _alone(problem, rates)
     best, nothing = None, tuple(np.zeros(len(lane.node)) for lane in problem.lanes)
@@ -219,8 +300,8 @@ def solve(problem: Problem, cell: Cell, enough_us: float = float("inf")) -> Boun
         if not master.is_solved():
             break
         time_price, joule_price, prices = master.prices()
-        earned = rates.earnings(prices, joule_price)
-        most = max(float(earned.max()), 1e-12)
+        chosen, earned = rates.earnings(prices, joule_price, time_price)
+        most = max(float(earned.max(initial=0.0)), time_price, 1e-12)  # others earn less
         us = cell.joined_us(problem.total(prices), most, joule_price)
         if best is None or us > best.us:
             best = Bound(
@@ -230,7 +311,9 @@ def solve(problem: Problem, cell: Cell, enough_us: float = float("inf")) -> Boun
                 prices=prices,
                 used=nothing,  # pyright: ignore[reportArgumentType]
             )
-        if us >= enough_us or most <= time_price + TOLERANCE or not master.add_best(earned):
+        if us >= enough_us or most <= time_price + TOLERANCE:
+            break
+        if not master.add_best(chosen, earned, time_price):
             break
     if best is None:
         return _alone(problem, rates)
@@ -240,6 +323,7 @@ def solve(problem: Problem, cell: Cell, enough_us: float = float("inf")) -> Boun
         joule_price=best.joule_price,
         prices=best.prices,
         used=master.used(),
+        taken=master.taken(),
     )
 
 
@@ -247,12 +331,12 @@ def _alone(problem: Problem, rates: Rates) -> Bound:
     """Without a solver: every nano-op at what it takes alone at least."""
     prices = np.where(problem.has_work, np.inf, 0.0)
     for options in problem.lanes:
-        lengths = options.alone_us * options.lengths(rates.cell.high)[1]
+        lengths = options.alone_us(rates.cell.high)
         for node, length in zip(options.node, lengths, strict=True):
             if node != NOTHING:
                 prices[node] = min(prices[node], length)
     prices[~np.isfinite(prices)] = 0.0
-    most = max(float(rates.earnings(prices, 0.0).max()), 1e-12)
+    most = max(float(rates.earnings(prices, 0.0)[1].max(initial=0.0)), 1e-12)
     us = rates.cell.joined_us(problem.total(prices), most, 0.0)
     nothing = tuple(np.zeros(len(lane.node)) for lane in problem.lanes)
     return Bound(
@@ -267,7 +351,7 @@ def _alone(problem: Problem, rates: Rates) -> Bound:
 class _Master:
     """The LP over the columns known so far, in HiGHS."""
 
-    def __init__(self, problem: Problem, rates: Rates) -> None:
+    def __init__(self, problem: Problem, rates: Rates, likely: Sequence[int]) -> None:
         self.is_available = True
         try:
             import highspy
@@ -276,8 +360,8 @@ class _Master:
             return
         silence_banner()
         self.problem, self.rates, cell = problem, rates, rates.cell
-        self._places: list[tuple[int, int, int]] = []
-        self._known: set[tuple[int, int, int]] = set()
+        self._columns: list[int] = []
+        self._known: set[int] = set()
         self._highs: Any = highspy.Highs()
         self._highs.setOptionValue("output_flag", False)
         self._highs.setOptionValue("threads", THREADS)
@@ -294,50 +378,62 @@ class _Master:
             for chain in forms.chains:
                 self._add_column(0.0, {row: 1.0} | {2 + node: -1.0 for node in chain})
         self._first = 1 + sum(len(forms.chains) for forms in problem.forms)
-        ends = [len(lane.node) - 1 for lane in problem.lanes]
-        for lane, options in enumerate(problem.lanes):
-            for option in _cheapest(options, cell):
-                place = list(ends)
-                place[lane] = option
-                self._add((place[0], place[1], place[2]))
+        numbers = rates.numbers
+        at = np.searchsorted(numbers, np.array(likely, dtype=np.intp))
+        at = at[at < len(numbers)]
+        known = [int(c) for c in at[np.isin(numbers[at], likely)]]
+        for column in (*self._first_columns(), *known):
+            self._add(column)
+
+    def _first_columns(self) -> list[int]:
+        """The cheapest options of each node, alone."""
+        places, lanes = self.rates.places, self.problem.lanes
+        ends = [len(lane.node) - 1 for lane in lanes]
+        is_idle = [place == end for place, end in zip(places, ends, strict=True)]
+        found: list[int] = []
+        for lane, options in enumerate(lanes):
+            others = [is_idle[k] for k in range(3) if k != lane]
+            alone = np.flatnonzero(others[0] & others[1])
+            cheap = _cheapest(options, self.rates.cell)
+            found += [int(c) for c in alone[np.isin(places[lane][alone], cheap)]]
+        return found
 
     def _add_column(self, cost: float, values: dict[int, float]) -> None:
         rows = np.array(list(values), np.int32)
         numbers = np.array(list(values.values()), np.float64)
         self._highs.addCol(cost, 0.0, 1e30, len(rows), rows, numbers)
 
-    def _add(self, place: tuple[int, int, int]) -> bool:
+    def _add(self, column: int) -> bool:
         """A configuration; says whether it is new."""
-        if place in self._known:
+        if column in self._known:
             return False
-        values, joules = dict[int, float](), 0.0
-        for lane, option in enumerate(place):
-            rate = float(self.rates.rates[lane][place])
+        values = dict[int, float]()
+        for lane, options in enumerate(self.problem.lanes):
+            rate = float(self.rates.rates[lane][column])
             if rate <= 0:
                 continue
-            node = int(self.problem.lanes[lane].node[option])
-            values[2 + node] = rate
-            joules += rate * float(self.rates.joules[lane][option])
+            option = int(self.rates.places[lane][column])
+            row = 2 + int(options.node[option])
+            values[row] = values.get(row, 0.0) + rate
             for one in self.problem.longer if lane == 2 else ():
                 if one.option == option:
                     row = 2 + one.norm
                     values[row] = values.get(row, 0.0) - one.part * rate
-        if not values:
-            return False
         layers = self.rates.cell.num_layers
-        self._known.add(place)
-        self._places.append(place)
-        self._add_column(0.0, {0: -float(layers), 1: -layers * joules} | values)
+        self._known.add(column)
+        self._columns.append(column)
+        joules = layers * float(self.rates.joules[column])
+        self._add_column(0.0, {0: -float(layers), 1: -joules} | values)
         return True
 
-    def add_best(self, earned: NDArray[np.float32]) -> bool:
-        """The best configuration of each option of the first lane; False when all are known."""
-        flat = earned.reshape(earned.shape[0], -1)
-        at = flat.argmax(axis=1)
-        most = flat[np.arange(len(at)), at]
-        depth = earned.shape[2]
-        chosen = np.argsort(-most, kind="stable")[:COLUMNS_A_ROUND]
-        new = [self._add((int(c), int(at[c]) // depth, int(at[c]) % depth)) for c in chosen]
+    def add_best(self, columns: Indices, earned: Singles, least: float) -> bool:
+        """Of each option of the first lane the best one above `least`; False when all are known."""
+        option = self.rates.places[0][columns]
+        most = np.full(len(self.problem.lanes[0].node), least, dtype=np.float32)
+        np.maximum.at(most, option, earned)
+        best = np.flatnonzero((earned >= most[option]) & (earned > least))
+        best = best[np.argsort(-earned[best], kind="stable")][:COLUMNS_A_ROUND]
+        new = [self._add(int(column)) for column in columns[best]]
         return any(new)
 
     def is_solved(self) -> bool:
@@ -353,21 +449,30 @@ class _Master:
         nodes = duals[2 : 2 + len(self.problem.has_work)] / self.rates.cell.num_layers
         return float(duals[0]), float(duals[1]), nodes
 
+    def taken(self) -> tuple[int, ...]:
+        """Numbers of the configurations that take time."""
+        spent = np.array(self._highs.getSolution().col_value)[self._first :]
+        numbers = self.rates.numbers
+        return tuple(
+            int(numbers[column])
+            for column, us in zip(self._columns, spent, strict=True)
+            if us > 1e-9
+        )
+
     def used(self) -> tuple[Array, Array, Array]:
         """By lane and option, what part of its nano-op it does."""
         spent = np.array(self._highs.getSolution().col_value)[self._first :]
         used = tuple(np.zeros(len(lane.node)) for lane in self.problem.lanes)
-        for place, us in zip(self._places, spent, strict=True):
+        for column, us in zip(self._columns, spent, strict=True):
             if us > 1e-9:
-                for lane, option in enumerate(place):
-                    used[lane][option] += us * float(self.rates.rates[lane][place])
+                for lane, places in enumerate(self.rates.places):
+                    used[lane][places[column]] += us * float(self.rates.rates[lane][column])
         return used  # pyright: ignore[reportReturnType]
 
 
 def _cheapest(options: Lane, cell: Cell) -> list[int]:
     """Of each node the options that cost least alone, in time, in joules, and in both."""
-    us, factor = options.lengths(cell.high)
-    time, joules = us * factor, options.joules * cell.us_per_joule
+    time, joules = options.alone_us(cell.high), options.joules * cell.us_per_joule[0]
     found: set[int] = set()
     for node in np.unique(options.node[options.node != NOTHING]):
         mine = np.flatnonzero(options.node == node)

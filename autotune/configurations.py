@@ -3,20 +3,35 @@
 The options and slowdowns of the configuration LP (`configuration_lp.py`) of a graph and cost model.
 A kernel counts only where it can matter: of one nano-op on one share those that no other beats in
 time at every clock and in joules, nor, where memory binds, in what it and its neighbours suffer.
+
+Collectives have a lane of their own, so that they wait for another stream, and so does what follows
+them; or all of them take turns with compute. So does attention on all SMs; on fewer it waits for
+another stream, at least where something runs beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.op_graph import Op, OpGraph, RowMix
-from .configuration_lp import NOTHING, Array, Forms, Indices, Lane, Longer, Problem, Together
+from ..runtime.plan import Lane as PlanLane
+from .configuration_lp import (
+    NOTHING,
+    Array,
+    Forms,
+    Indices,
+    Lane,
+    Longer,
+    Problem,
+    Singles,
+    Together,
+)
 from .copy_transport import norm_behind, summing
 from .cost_model import CostModel
 from .patterns import COMPUTE, MEMORY, NETWORK, lane_of
@@ -40,11 +55,10 @@ class Call(NamedTuple):
 
     place: Place
     us: float
-    """With the synchronisation that it always has where something runs beside it."""
     stretch: float
     joules: float
     sync_us: float
-    """That may be missing where nothing does."""
+    """That it always has, attention only where something runs beside it."""
 
 
 class Configurations:
@@ -57,18 +71,23 @@ class Configurations:
         shares: Mapping[str, Sequence[int]],
         power: PowerModel | None,
         is_sm_free: bool,
+        collectives: PlanLane = NETWORK,
     ) -> None:
+        """`collectives`: the lane that all of them take."""
         self.graph, self.cost_model, self.shares, self.power = graph, cost_model, shares, power
         chains = [tuple(chain.ops) for chain in graph.alternatives]
         self.ops: tuple[Op, ...] = (*graph.layer, *(op for chain in chains for op in chain))
-        self.lane = [LANES.index(lane_of(op)) for op in self.ops]
+        self.own = [lane_of(op) for op in self.ops]
+        self.lane = [LANES.index(collectives if own == NETWORK else own) for own in self.own]
         self.is_memory = [op.resource == "memory" for op in self.ops]
-        self._index = {op.name: index for index, op in enumerate(self.ops)}
+        self.index = {op.name: index for index, op in enumerate(self.ops)}
         self._forms = [
-            (tuple(self._index[n] for n in one.replaces), tuple(self._index[o.name] for o in ops))
+            (tuple(self.index[n] for n in one.replaces), tuple(self.index[o.name] for o in ops))
             for one, ops in zip(graph.alternatives, chains, strict=True)
         ]
-        self._apart = apart_ops(graph, self._index)
+        self._apart = apart_ops(graph, self.index)
+        self._syncs = behind_network(graph, self.index) if collectives == NETWORK else set[int]()
+        self._syncs |= {i for i, lane in enumerate(self.lane) if LANES[lane] == NETWORK}
         self._is_sm_free = is_sm_free
         self._calls: dict[tuple[int, float, float], tuple[Call, ...]] = {}
         self._slow: dict[tuple[Place, Place], float] = {}
@@ -83,7 +102,7 @@ class Configurations:
         return self._calls[key]
 
     def _look_up(self, index: int, rows: RowMix) -> list[Call]:
-        op, lane, found = self.ops[index], LANES[self.lane[index]], list[Call]()
+        op, lane, found = self.ops[index], self.own[index], list[Call]()
         num_sms = self.cost_model.hardware.num_sms
         for share in self.shares[lane]:
             here: list[Call] = []
@@ -95,12 +114,16 @@ class Configurations:
                 if self.power is not None:
                     load = self.power.load(op, rows, share, name, us)
                     stretch, joules = load.stretch_from, load.joules
-                # off the compute lane it has a stream of its own, and always waits for others
-                sync_us = SYNC_US if lane != COMPUTE and 0 < share < num_sms else 0.0
+                is_apart = lane == MEMORY and 0 < share < num_sms
+                sync_us = SYNC_US if is_apart or index in self._syncs else 0.0
                 place = Place(index, share, name if self.is_memory[index] else "")
-                here.append(Call(place, us + sync_us, stretch, joules, sync_us))
+                here.append(Call(place, us, stretch, joules, sync_us))
             found += [c for c in here if not any(self._beats(other, c) for other in here)]
         return found
+
+    def alone_sync_us(self, call: Call) -> float:
+        """Synchronisation that a call has even with nothing beside it."""
+        return call.sync_us if call.place.op in self._syncs else 0.0
 
     def _beats(self, one: Call, other: Call) -> bool:
         """Whether the other call, on the same share, need not be looked at."""
@@ -181,7 +204,8 @@ class Configurations:
         return Lane(
             node=np.array([*(node for node, _ in options), NOTHING], dtype=np.intp),
             us=column([call.us for _, call in options], 1.0),
-            alone_us=column([call.us - call.sync_us for _, call in options], 1.0),
+            sync_us=column([call.sync_us for _, call in options], 0.0),
+            alone_sync_us=column([self.alone_sync_us(call) for _, call in options], 0.0),
             stretch=column([call.stretch for _, call in options], 0.0),
             joules=column([call.joules for _, call in options], 0.0),
             is_hidden=np.array([*hidden, False], dtype=bool),
@@ -193,7 +217,7 @@ class Configurations:
         found: list[list[Place]] = [[], [], []]
         for index, op in enumerate(self.ops):
             lane = self.lane[index]
-            for share in self.shares[LANES[lane]]:
+            for share in self.shares[self.own[index]]:
                 names = self.cost_model.variants(op, share)
                 kept = names if self.is_memory[index] else ("",)[: len(names)]
                 found[lane] += [Place(index, share, name) for name in kept]
@@ -233,24 +257,37 @@ class Configurations:
             ranks: by lane, the place of each option, nothing last.
             nodes: by lane, the node of each option; None where they are of any nano-batch.
         """
-        lanes = range(3)
-        shares = [np.array([*(p.num_sms for p in self.places[k]), 0])[ranks[k]] for k in lanes]
-        total = shares[0][:, None, None] + shares[1][None, :, None] + shares[2][None, None, :]
-        can: NDArray[np.bool_] = total <= self.cost_model.hardware.num_sms
-        if nodes is not None:
-            for a, b in ((0, 1), (0, 2), (1, 2)):
-                can = can & np.expand_dims(self._may_meet(nodes[a], nodes[b]), 3 - a - b)
-        slow = {
-            (a, b): self.slowdowns[a, b][np.ix_(ranks[a], ranks[b])].astype(np.float32)
-            for a, b in permutations(lanes, 2)
+        total = self.cost_model.hardware.num_sms
+        shares = [
+            np.array([*(place.num_sms for place in places), 0])[rank]
+            for places, rank in zip(self.places, ranks, strict=True)
+        ]
+        can = {
+            (a, b): shares[a][:, None] + shares[b][None, :] <= total
+            for a, b in combinations(range(3), 2)
         }
+        if nodes is not None:
+            for a, b in can:
+                can[a, b] &= self._may_meet(nodes[a], nodes[b])
+        found: list[tuple[Indices, Indices, Indices]] = []
+        for n, share in enumerate(shares[2]):  # few
+            first, second = np.flatnonzero(can[0, 2][:, n]), np.flatnonzero(can[1, 2][:, n])
+            fits = shares[0][first][:, None] + shares[1][second][None, :] + share <= total
+            c, m = np.nonzero(can[0, 1][np.ix_(first, second)] & fits)
+            found.append((first[c], second[m], np.full(len(c), n, dtype=np.intp)))
+        c, m, n = (np.concatenate([part[k] for part in found]) for k in range(3))
+        is_busy = (c < len(shares[0]) - 1) | (m < len(shares[1]) - 1) | (n < len(shares[2]) - 1)
+        order = np.flatnonzero(is_busy)[np.argsort(c[is_busy], kind="stable")]
+        places = c[order], m[order], n[order]
+        slow: list[Singles] = []
+        for lane, (a, b) in enumerate(((1, 2), (0, 2), (0, 1))):
+            here = ranks[lane][places[lane]]
+            beside = [self.slowdowns[lane, k][here, ranks[k][places[k]]] for k in (a, b)]
+            slow.append((beside[0] * beside[1]).astype(np.float32))
         return Together(
-            can=can,
-            slowdowns=(
-                slow[0, 1][:, :, None] * slow[0, 2][:, None, :],
-                slow[1, 0].T[:, :, None] * slow[1, 2][None, :, :],
-                slow[2, 0].T[:, None, :] * slow[2, 1].T[None, :, :],
-            ),
+            places=places,
+            slowdowns=(slow[0], slow[1], slow[2]),
+            numbers=np.arange(len(order), dtype=np.intp),
         )
 
     def _may_meet(self, first: Indices, second: Indices) -> NDArray[np.bool_]:
@@ -273,20 +310,20 @@ class Configurations:
         self, rows: Sequence[RowMix], options: Sequence[tuple[int, Call]]
     ) -> list[Longer]:
         found: list[Longer] = []
-        for option, (node, call) in enumerate(options):
+        for option, (node, call) in enumerate(options):  # of the network lane
             op = self.ops[call.place.op]
             if call.place.num_sms or op.kind != "all_reduce" or not self._is_sm_free:
                 continue
             norm = norm_behind(op, self.graph)
             batch = node // len(self.ops)
             part = self._part(norm, rows[batch])
-            at = batch * len(self.ops) + self._index[norm.name]
+            at = batch * len(self.ops) + self.index[norm.name]
             found.append(Longer(option=option, norm=at, part=part))
         return found
 
     def _part(self, norm: Op, rows: RowMix) -> float:
         """Part by which a norm takes longer at least when it adds what the peers sent."""
-        key = self._index[norm.name], norm.rows(rows)
+        key = self.index[norm.name], norm.rows(rows)
         if key not in self._longer:
             longer, costs = summing(norm, self.graph.tp_degree), self.cost_model
             parts = [
@@ -325,6 +362,18 @@ def apart_ops(graph: OpGraph, index: Mapping[str, int]) -> set[tuple[int, int]]:
             if far[i, j] + far[j, i] > 1
         }
     return {(i, j) for i in range(len(index)) for j in range(len(index))} - free
+
+
+def behind_network(graph: OpGraph, index: Mapping[str, int]) -> set[int]:
+    """Ops that wait for a collective in every form that they are of."""
+    graphs = [graph, *(graph.in_form(chain.form) for chain in graph.alternatives)]
+    always = dict[int, bool]()
+    for one in graphs:
+        network = {op.name for op in one.layer if lane_of(op) == NETWORK}
+        for op in one.layer:
+            is_behind = any(on.op in network for on in op.dependencies)
+            always[index[op.name]] = always.get(index[op.name], True) and is_behind
+    return {op for op, is_behind in always.items() if is_behind}
 
 
 assert LANES.index(MEMORY) == 1

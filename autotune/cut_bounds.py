@@ -11,13 +11,14 @@ Used by `certificate.py`, which says what they prove.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.op_graph import OpGraph, RowMix
+from ..runtime.plan import Lane as PlanLane
 from ..search_spaces.schema import SearchSpace
 from .configuration_lp import (
     NOTHING,
@@ -26,7 +27,6 @@ from .configuration_lp import (
     Lane,
     Longer,
     Problem,
-    Together,
     solve,
 )
 from .configurations import LANES, Configurations
@@ -34,16 +34,17 @@ from .cost_model import CostModel
 from .milp_input import Split
 from .patterns import NETWORK, batch_mix, has_sm_free, legal_shares, split_batches, total_tokens
 from .power_model import LEAST_CLOCK
+from .progress_lp import ProgressLp
 from .screen import Screen
 
-CELL = 0.004
-"""Part of the clock that a cell spans at least."""
-FINEST = 0.0006
-"""Clocks so close to each other are not told apart further."""
+CELL = 0.01
+"""Steps of clocks."""
+FINEST = 0.01
+"""Clocks so close to each other are not told apart further: the bound would rise by 0.03 %."""
 COARSE = 8
-"""Cells looked at together at first; those with low bounds are divided later."""
-WIDEST = 32
-"""Cells looked at together where the bound is far above what is asked for."""
+"""Steps looked at together at first; those with low bounds are divided later."""
+WIDEST = 16
+"""Steps looked at together where the bound is far above what is asked for."""
 
 
 def space_shares(lane: str, cost_model: CostModel, space: SearchSpace, is_free: bool) -> list[int]:
@@ -90,6 +91,8 @@ class Part:
     """Sets of (node, share) that may not be taken."""
 
 
+FAILURES, HELP = 3, 2e-4
+"""LPs that keep orders are solved of a cut until so many in a row have raised its bound by less."""
 MOST_KEPT = 10_000_000
 """Configurations of the problems that are kept for later, in all."""
 
@@ -104,16 +107,25 @@ class Bounds:
         space: SearchSpace,
         mix: RowMix,
         is_powered: bool,
+        collectives: PlanLane = NETWORK,
     ) -> None:
+        """`collectives`: the lane that all of them take."""
         self.graph, self.cost_model, self.mix = graph, cost_model, mix
         self.power = cost_model.power if is_powered else None
         is_free = has_sm_free(graph, cost_model)
         shares = {lane: space_shares(lane, cost_model, space, is_free) for lane in LANES}
-        self.configurations = Configurations(graph, cost_model, shares, self.power, is_free)
+        self.configurations = Configurations(
+            graph, cost_model, shares, self.power, is_free, collectives
+        )
         self._beyond_us = cost_model.iteration_overhead_us(graph, mix)
         self._beyond = cost_model.overhead_loads(graph, mix) if self.power else ()
         self._problems: dict[Split, Problem] = {}
         self._screen: Screen | None = None
+        self._taken: dict[Split, tuple[int, ...]] = {}
+        self._progress: dict[Split, ProgressLp] = {}
+        self._failed: dict[Split, int] = {}
+        self.ordered_size = 0
+        """States times groups of the LPs that kept orders, in all."""
 
     def screen(self, splits: Sequence[Split]) -> Screen:
         """The screen of these cuts."""
@@ -134,24 +146,28 @@ class Bounds:
                 low=1.0,
                 num_layers=layers,
                 beyond_us=self._beyond_us,
-                us_per_joule=0.0,
+                us_per_joule=(0.0, 0.0),
                 beyond_cap_us=0.0,
             )
-        us_per_joule = 1e6 * power.joules_at(1.0, low) / power.headroom_w
+        watts, e = power.headroom_w, power.exponent
+        chord = e * (1 + e) / 8 * (1 - low / high) ** 2 * (high / low) ** (1 + e)
+        at_low, at_high = (
+            1e6 * power.joules_at(1.0, clock) / watts * max(0.0, 1 - chord) for clock in (low, high)
+        )
         return Cell(
             high=high,
             low=low,
             num_layers=layers,
             beyond_us=sum(load.us_at(high) for load in self._beyond),
-            us_per_joule=us_per_joule,
-            beyond_cap_us=us_per_joule * sum(load.joules for load in self._beyond),
+            us_per_joule=(at_low, at_high),
+            beyond_cap_us=at_low * sum(load.joules for load in self._beyond),
         )
 
     def least_cap_us(self, split: Split) -> float:
         """Time that the least joules of an iteration ask for at the highest clock."""
         cell = self.cell(1.0, 1.0)
         joules = self.configurations.least_joules(rows_of(split, self.mix))
-        return cell.beyond_cap_us + cell.us_per_joule * joules * self.graph.num_layers
+        return cell.beyond_cap_us + cell.us_per_joule[0] * joules * self.graph.num_layers
 
     def highest_clock(self, split: Split, wanted_us: float) -> float:
         """Above it the least joules ask for so much time: a clock on the grid."""
@@ -181,7 +197,7 @@ class Bounds:
             us = screen.bound_us(rows, order, cell, wanted_us * 1.03)
             yield cell, us
             high *= (1 - CELL) ** width
-            if us > wanted_us * (1 + 2 * CELL * width):
+            if us > wanted_us * (1 + CELL * width):
                 width = min(WIDEST, 2 * width)
 
     # -- LPs -----------------------------------------------------------------------------------
@@ -189,7 +205,7 @@ class Bounds:
     def problem(self, split: Split) -> Problem:
         """The LP of a cut."""
         if split not in self._problems:
-            while sum(p.together.can.size for p in self._problems.values()) > MOST_KEPT:
+            while sum(p.together.size for p in self._problems.values()) > MOST_KEPT:
                 self._problems.pop(next(iter(self._problems)))
             self._problems[split] = self.configurations.problem(rows_of(split, self.mix))
         return self._problems[split]
@@ -211,11 +227,31 @@ class Bounds:
                 )
             problem = kept(problem, keep)
             shares = [held[mask] for held, mask in zip(shares, keep, strict=True)]
-        found = solve(problem, part.cell, wanted_us)
+        found = solve(problem, part.cell, wanted_us, self._taken.get(part.split, ()))
+        if found.taken:
+            self._taken[part.split] = found.taken
         if self._screen is not None and not part.without:
             rows = rows_of(part.split, self.mix)
             self._screen.keep(rows, part.split.row_order, part.cell, found)
+        failed = self._failed.get(part.split, 0)
+        if found.us < wanted_us and len(part.split.sizes) == 2 and failed < FAILURES:
+            ordered_us = self._ordered_us(part, wanted_us)
+            has_helped = ordered_us > found.us * (1 + HELP)
+            self._failed[part.split] = -FAILURES if has_helped else failed + 1
+            found = replace(found, us=max(found.us, ordered_us))
         return found, self._halves(part, problem, shares, found)
+
+    def _ordered_us(self, part: Part, wanted_us: float) -> float:
+        """The bound of a part of two nano-batches with the order of the ops in each."""
+        if part.split not in self._progress:
+            self._progress[part.split] = ProgressLp(
+                self.graph, self.configurations.index, self.problem(part.split)
+            )
+        lp = self._progress[part.split]
+        self.ordered_size += lp.num_states * len(lp.groups)
+        banned = frozenset[tuple[int, int]]().union(*part.without)
+        shares = self._shares(part.split)
+        return lp.bound_us(part.cell, banned, shares, wanted_us)
 
     def _shares(self, split: Split) -> list[NDArray[np.intp]]:
         rows = rows_of(split, self.mix)
@@ -254,7 +290,7 @@ class Bounds:
 
     def is_wide(self, part: Part) -> bool:
         """Whether its clocks should be divided before an LP is solved."""
-        return part.cell.high * (1 - 1.5 * CELL) > part.cell.low
+        return part.cell.high * (1 - CELL) ** (COARSE + 1) > part.cell.low
 
     def narrower(self, part: Part) -> list[Part]:
         """The halves of its cell of clocks."""
@@ -279,27 +315,22 @@ class Bounds:
 
 def kept(problem: Problem, keep: Sequence[NDArray[np.bool_]]) -> Problem:
     """The problem with some options only; "nothing" must be among them."""
-    at = [np.flatnonzero(mask) for mask in keep]
-    place = {int(old): new for new, old in enumerate(at[2])}
-    grid = np.ix_(at[0], at[1], at[2])
+    place = {int(old): new for new, old in enumerate(np.flatnonzero(keep[2]))}
     first, second, third = (
         Lane(
-            node=lane.node[i],
-            us=lane.us[i],
-            alone_us=lane.alone_us[i],
-            stretch=lane.stretch[i],
-            joules=lane.joules[i],
-            is_hidden=lane.is_hidden[i],
+            node=lane.node[mask],
+            us=lane.us[mask],
+            sync_us=lane.sync_us[mask],
+            alone_sync_us=lane.alone_sync_us[mask],
+            stretch=lane.stretch[mask],
+            joules=lane.joules[mask],
+            is_hidden=lane.is_hidden[mask],
         )
-        for lane, i in zip(problem.lanes, at, strict=True)
-    )
-    slow = tuple(
-        s[np.ix_(*(np.arange(1) if s.shape[d] == 1 else at[d] for d in range(3)))]
-        for s in problem.together.slowdowns
+        for lane, mask in zip(problem.lanes, keep, strict=True)
     )
     return Problem(
         lanes=(first, second, third),
-        together=Together(can=problem.together.can[grid], slowdowns=slow),  # pyright: ignore
+        together=problem.together.kept(keep),
         has_work=problem.has_work,
         forms=problem.forms,
         longer=tuple(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
 from random import Random
 
 import numpy as np
@@ -37,8 +36,10 @@ from nanoflow_tune.runtime.schedule import IllegalScheduleError
 
 from .fakes import MIX, graph_of, h200, linear_profile, quick_space, reduce_profile
 
-LAYER = Cell(high=1.0, low=1.0, num_layers=1, beyond_us=0.0, us_per_joule=0.0, beyond_cap_us=0.0)
-CAPPED = replace(LAYER, us_per_joule=1.0)
+LAYER = Cell(
+    high=1.0, low=1.0, num_layers=1, beyond_us=0.0, us_per_joule=(0.0, 0.0), beyond_cap_us=0.0
+)
+CAPPED = replace(LAYER, us_per_joule=(1.0, 1.0))
 Option = tuple[int, float, float]
 """(node, us, joules)."""
 
@@ -48,7 +49,8 @@ def lane(*options: Option) -> Lane:
     return Lane(
         node=np.array(nodes, dtype=np.intp),
         us=np.array(us),
-        alone_us=np.array(us),
+        sync_us=np.zeros(len(us)),
+        alone_sync_us=np.zeros(len(us)),
         stretch=np.zeros(len(us)),
         joules=np.array(joules),
         is_hidden=np.zeros(len(us), dtype=bool),
@@ -56,25 +58,30 @@ def lane(*options: Option) -> Lane:
 
 
 def problem(
-    first: tuple[Option, ...],
-    second: tuple[Option, ...] = (),
-    third: tuple[Option, ...] = (),
+    first_ops: tuple[Option, ...],
+    second_ops: tuple[Option, ...] = (),
+    third_ops: tuple[Option, ...] = (),
     slowdown: float = 1.0,
     can_meet: bool = True,
     forms: tuple[Forms, ...] = (),
     longer: tuple[Longer, ...] = (),
 ) -> Problem:
     """Every option slows every option of another lane down as much."""
-    lanes = lane(*first), lane(*second), lane(*third)
+    lanes = lane(*first_ops), lane(*second_ops), lane(*third_ops)
     shape = tuple(len(one.node) for one in lanes)
     busy = [np.arange(n) < n - 1 for n in shape]
     held = [np.reshape(b, [-1 if d == k else 1 for d in range(3)]) for k, b in enumerate(busy)]
     count = sum(np.broadcast_to(h, shape).astype(int) for h in held)
-    slow = slowdown ** np.maximum(0, count - 1)
-    num_nodes = 1 + max(node for some in (first, second, third) for node, _, _ in some)
+    first, second, third = places = np.nonzero(((count <= 1) | can_meet) & (count > 0))
+    slow = (slowdown ** np.maximum(0, count[places] - 1)).astype(np.float32)
+    num_nodes = 1 + max(node for some in (first_ops, second_ops, third_ops) for node, _, _ in some)
     return Problem(
         lanes=lanes,
-        together=Together(can=(count <= 1) | can_meet, slowdowns=(slow, slow, slow)),
+        together=Together(
+            places=(first, second, third),
+            slowdowns=(slow, slow, slow),
+            numbers=np.arange(len(slow)),
+        ),
         has_work=np.ones(num_nodes, dtype=bool),
         forms=forms,
         longer=longer,
@@ -109,7 +116,7 @@ def test_rows_take_the_cheaper_form():
 def test_a_collective_without_sms_is_paid_by_the_norm_behind_it():
     """8 us of norm; a collective of 3 us beside it makes it a quarter longer: 10 us."""
     longer = (Longer(option=0, norm=0, part=0.25),)
-    made = problem(((0, 8.0, 0.0),), third=((1, 3.0, 0.0),), longer=longer)
+    made = problem(((0, 8.0, 0.0),), third_ops=((1, 3.0, 0.0),), longer=longer)
     assert solve(made, LAYER).us == pytest.approx(10.0, rel=1e-3)
 
 
@@ -129,15 +136,15 @@ def full_lp_us(made: Problem, cell: Cell) -> float:
     done: dict[int, list[pulp.LpAffineExpression]] = {}
     time, joules = [], []
     program += period
-    for place in product(*(range(len(one.node)) for one in made.lanes)):
-        spent = pulp.LpVariable("x_{}_{}_{}".format(*place), 0)
+    for column in range(made.together.size):
+        spent = pulp.LpVariable(f"x_{column}", 0)
         time.append(spent)
-        for number, option in enumerate(place):
-            rate = float(rates.rates[number][place])
-            node = int(made.lanes[number].node[option])
+        joules.append(float(rates.joules[column]) * spent)
+        for number, places in enumerate(made.together.places):
+            rate = float(rates.rates[number][column])
+            node = int(made.lanes[number].node[places[column]])
             if node != NOTHING:
                 done.setdefault(node, []).append(rate * spent)
-                joules.append(rate * float(rates.joules[number][option]) * spent)
     program += period >= pulp.lpSum(time)
     program += period >= pulp.lpSum(joules)
     for parts in done.values():
