@@ -42,7 +42,7 @@ FEW = 2
 """Nano-batches of the even cuts that tell how far the bound may come."""
 AIM = 0.0095
 """A part whose bound is so close to the best plan is not looked at further."""
-WORK = 2e9
+WORK = 1.5e9
 """Configurations priced in LPs, in all: about 15 seconds of one core."""
 ALL_TRIALS = 60
 """Simulator trials of a space for which all of that is done."""
@@ -52,7 +52,7 @@ SMALL = 1e5
 """Configurations of an LP that is solved sooner than prices are tried."""
 SCREEN_WORK, ORDERED_WORK = 4e5, 600.0
 """Of trying prices on a cut, and of a state and group of the LP that keeps orders."""
-CLOCKS_TRIED = 8
+CLOCKS_TRIED = 6
 """At most, to see what the LPs of a cut reach."""
 NEARLY = 0.002
 """How far above what is looked for a bound need not be looked at yet."""
@@ -209,7 +209,8 @@ class _Pass:
                 self._push(max(aim_us, cap_us), Part(split, self.bounds.cell(1.0, high)))
         while self._queue:
             us, _, is_solved, part = heapq.heappop(self._queue)
-            if us >= self.wanted_us or self.spent >= self.work:
+            is_small = us < aim_us and self._size(part.split) <= SMALL  # they take little more
+            if us >= self.wanted_us or (self.spent >= self.work and not is_small):
                 self._finish(us, part.split)
             else:
                 self._look_into(us, is_solved, part)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..runtime.op_graph import Op, OpGraph, RowMix
 from ..runtime.plan import Lane as PlanLane
-from .configuration_lp import (
+from .configuration_problem import (
     NOTHING,
     Array,
     Forms,

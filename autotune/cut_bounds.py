@@ -20,15 +20,8 @@ from numpy.typing import NDArray
 from ..runtime.op_graph import OpGraph, RowMix
 from ..runtime.plan import Lane as PlanLane
 from ..search_spaces.schema import SearchSpace
-from .configuration_lp import (
-    NOTHING,
-    Bound,
-    Cell,
-    Lane,
-    Longer,
-    Problem,
-    solve,
-)
+from .configuration_lp import Bound, solve
+from .configuration_problem import NOTHING, Cell, Lane, Longer, Problem
 from .configurations import LANES, Configurations
 from .cost_model import CostModel
 from .milp_input import Split
@@ -212,7 +205,7 @@ class Bounds:
 
     def solve(self, part: Part, wanted_us: float) -> tuple[Bound, list[Part]]:
         """The LP's bound of a part, and its halves."""
-        problem, shares = self.problem(part.split), self._shares(part.split)
+        problem, shares = self.problem(part.split), self.shares_of(part.split)
         if part.without:
             banned = frozenset[tuple[int, int]]().union(*part.without)
             keep: list[NDArray[np.bool_]] = []
@@ -250,10 +243,11 @@ class Bounds:
         lp = self._progress[part.split]
         self.ordered_size += lp.num_states * len(lp.groups)
         banned = frozenset[tuple[int, int]]().union(*part.without)
-        shares = self._shares(part.split)
+        shares = self.shares_of(part.split)
         return lp.bound_us(part.cell, banned, shares, wanted_us)
 
-    def _shares(self, split: Split) -> list[NDArray[np.intp]]:
+    def shares_of(self, split: Split) -> list[NDArray[np.intp]]:
+        """By lane, the share of each option."""
         rows = rows_of(split, self.mix)
         found: list[list[int]] = [[], [], []]
         for mix in rows:

@@ -31,7 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.op_graph import OpGraph
-from .configuration_lp import THREADS, Cell, Indices, Problem, Rates
+from .configuration_lp import THREADS, Rates
+from .configuration_problem import Cell, Indices, Problem
 from .highs_banner import silence_banner
 
 MAX_ROUNDS = 60
@@ -142,8 +143,8 @@ class ProgressLp:
         self.longer = {one.option: (self.debt[one.norm], one.part) for one in problem.longer}
         self.owing = [self._owing(group) for group in self.groups]
         """By group, the row of the norm that may pay there; -1 without."""
-        self.likely: tuple[Column, ...] = ()
-        """Those that the last LP used."""
+        self.taken: tuple[tuple[Column, float], ...] = ()
+        """Those that the last LP used, and for how long, in us."""
 
     def _owing(self, group: Group) -> int:
         return self.debt.get(int(self._node[0][group.columns[0]]), -1)
@@ -215,7 +216,7 @@ class ProgressLp:
             best = max(best, us)
             if us >= enough_us or not has_more:
                 break
-        self.likely = program.taken() or self.likely
+        self.taken = program.taken() or self.taken
         return best
 
     def _allowed(
@@ -277,7 +278,7 @@ class _Program:
         for _ in lp.debt:
             self.highs.addRow(0.0, many, 0, [], [])
         self._add_column(1.0, {0: 1.0, 1: 1.0})
-        for column in (*self._first(), *lp.likely):
+        for column in (*self._first(), *(column for column, _ in lp.taken)):
             self._add(column)
 
     def _first(self) -> Iterator[Column]:
@@ -376,7 +377,8 @@ class _Program:
         new = [self._add(column) for _, column in found[:COLUMNS_A_ROUND]]
         return us, any(new)
 
-    def taken(self) -> tuple[Column, ...]:
+    def taken(self) -> tuple[tuple[Column, float], ...]:
         """The columns that take time."""
         spent = self.highs.getSolution().col_value[1:]
-        return tuple(c for c, us in zip(self.known, spent, strict=True) if us > 1e-9)
+        pairs = zip(self.known, spent, strict=True)
+        return tuple((column, float(us)) for column, us in pairs if us > 1e-9)

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.op_graph import RowMix
-from .configuration_lp import Array, Bound, Cell, Singles
+from .configuration_lp import Bound
+from .configuration_problem import Array, Cell, Singles
 from .configurations import Call, Configurations
 from .power_model import LEAST_CLOCK
 

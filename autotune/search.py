@@ -1,8 +1,7 @@
 """The search: baselines, structure, refinement, race; from an op graph and costs to a winner.
 
     baselines -> best of the ping-pong family -> MILP -> local search -> bound of the space
-      -> Optuna on the simulator
-      -> (with a GPU) measure the race, then Optuna on the hardware -> winner
+      -> Optuna on the simulator -> (with a GPU) measure the race, then Optuna on the hardware -> winner
 
 The sequential schedule is always in the race. An overlapped one wins on predictions only when it
 is more than `race.PREDICTED_MARGIN` faster, because predictions are no better than that; on
@@ -28,6 +27,7 @@ from .baselines import (
     nano_only,
     sequential_forms,
 )
+from .better_kernels import with_better_kernels
 from .bounds import lower_bound_us, power_limit_of, what_binds
 from .certificate import MOST_BATCHES, SpaceBound, space_bound
 from .climb import climbed, words
@@ -56,15 +56,14 @@ from .structure import find_structure
 
 MEASURED_FROM_SIMULATOR = 4
 """Best refined schedules of the simulator that are measured."""
+CLIMB_AGAIN = 0.03
+"""Part of the period that a local search gains where another one goes on from what it found."""
+LEAST_TRIALS = 20  # of the simulator, below which single nano-ops do not try other kernels
 CLIMBED_KEPT = 2
 """Best schedules of the local search that enter the race."""
 
 
-def _silent(_: str) -> None:
-    """Progress nobody reads."""
-
-
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class _Search:
     """One search under way: its inputs, and what it tried."""
 
@@ -104,8 +103,8 @@ class _Search:
         found = {form: self.predicted(schedule) for form, schedule in schedules.items()}
         if len(found) > 1:
             times = ", ".join(
-                f"{candidate.predicted.period_us / 1e3:.2f} ms by {form.replace('_', '-')}s"
-                for form, candidate in found.items()
+                f"{c.predicted.period_us / 1e3:.2f} ms by {form.replace('_', '-')}s"
+                for form, c in found.items()
             )
             self.tell(f"attention's output in the sequential schedule: {times}")
         best = min(found.values(), key=lambda candidate: candidate.predicted.period_us)
@@ -158,7 +157,7 @@ class _Search:
             The overlapped structure, if there is one, and the certificate of the whole model.
         """
         ranked = sorted(known, key=lambda candidate: candidate.predicted.period_us)
-        schedules = [candidate.schedule for candidate in ranked]
+        schedules = [c.schedule for c in ranked]
         found, certificate = self._solve(schedules, 1)
         is_single = found is None or len(found.nano_batches) == 1
         if is_single and self.space.max_nano_batches > 1:
@@ -235,10 +234,14 @@ class _Search:
 
     def climb(self, most_batches: int) -> None:
         """Local search over cuts, forms, orders and shares of two and more nano-batches."""
-        before_us = self.best_us
-        job = self.graph, self.cost_model, self.space, self.mix
+        before_us, job = self.best_us, (self.graph, self.cost_model, self.space, self.mix)
         found = climbed(*job, known=self.tried, most_batches=most_batches, seed=self.seed)
         self.tried += found[:CLIMBED_KEPT]
+        if self.best_us < before_us * (1 - CLIMB_AGAIN):  # at the clock that it has now
+            found = climbed(*job, known=self.tried, most_batches=most_batches, seed=self.seed)
+            self.tried += found[:CLIMBED_KEPT]
+        if found and self.space.simulator_trials >= LEAST_TRIALS:
+            self.tried.append(with_better_kernels(found[0], *job[:2], self.mix))
         self.tell(f"local search: {words(found, before_us)}")
 
     def refine(self, structure: Schedule | None, choices: Sequence[PingPongChoice]) -> None:
@@ -289,7 +292,7 @@ class _Search:
         """Measure every named schedule and the best few refined ones, together."""
         race = distinct(self.tried)
         refined = [c for c in race if c.schedule.name == "overlapped_refined"]
-        refined.sort(key=lambda candidate: candidate.predicted.period_us)
+        refined.sort(key=lambda c: c.predicted.period_us)
         named = [c for c in race if c.schedule.name != "overlapped_refined"]
         chosen = named + refined[:MEASURED_FROM_SIMULATOR]
         self._measure(chosen)
@@ -315,7 +318,7 @@ def search(
     *,
     seed: int,
     storage: str | None = None,
-    on_progress: Callable[[str], None] = _silent,
+    on_progress: Callable[[str], None] = lambda _: None,
     on_stage: StageTold = unseen,
     measure: Measure | None = None,
     most_batches: int = MOST_BATCHES,
@@ -335,12 +338,9 @@ def search(
         measure: times schedules on the GPU, all of them interleaved in one sustained run.
         most_batches: largest number of nano-batches that round robins and bound look at.
     """
+    job = (graph, cost_model, hardware, space, mix)
     run = _Search(
-        graph=graph,
-        cost_model=cost_model,
-        hardware=hardware,
-        space=space,
-        mix=mix,
+        *job,
         seed=seed,
         storage=storage,
         on_progress=on_progress,
