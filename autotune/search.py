@@ -1,7 +1,7 @@
 """The search: baselines, structure, refinement, race; from an op graph and costs to a winner.
 
     baselines -> best of the ping-pong family -> MILP -> local search -> bound of the space
-      -> Optuna on the simulator -> (with a GPU) measure the race, then Optuna on the hardware -> winner
+      -> Optuna on the simulator -> (with a GPU) measure the race, Optuna on the hardware -> winner
 
 The sequential schedule is always in the race. An overlapped one wins on predictions only when it
 is more than `race.PREDICTED_MARGIN` faster, because predictions are no better than that; on
