@@ -33,12 +33,13 @@ from .kv_store import KvStore
 from .op_graph import OpGraph
 from .page_tables import PageTables
 from .plan import Schedule
-from .plan_choice import TILE_ROWS, Choice, PlanBook
+from .plan_choice import Choice, PlanBook
 from .plan_lookup import is_interleaved
 from .sampling import SamplingTable, TokenSampler
 from .slot_needs import SlotNeeds
 from .static_batch import StaticBatch
 from .step import StepInputs
+from .step_schedules import TILE_ROWS
 from .weights import Weights
 
 MANY_ROWS = 1024

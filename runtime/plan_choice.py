@@ -1,9 +1,9 @@
 """What runs a step: a schedule of the plan, chosen by rows, mix and KV length.
 
 Small steps run sequential schedules in sizes between the plan's, so that little is padding; where
-an overlapped schedule of the plan gains at what attention has to read, padding included, that runs.
-Every choice says why. Without
-a plan (or with one that fits only roughly) all schedules are sequential. No torch here.
+an overlapped schedule of the plan, with the last rows left out or with padding, gains at what
+attention has to read, that runs. Every choice says why. Without a plan (or with one that fits only
+roughly) all schedules are sequential. No torch here.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ from ..search_spaces.schema import HardwareSpec
 from .host_planned import host_planned, without_host_planned
 from .legality import check
 from .op_graph import OpGraph, OpKind
-from .plan import Bucket, NanoBatch, NanoOp, Plan, Schedule
-from .plan_lookup import MAX_DISTANCE, distance, gain_over_sequential, margin_of, nearest
+from .plan import Bucket, Candidate, NanoBatch, NanoOp, Plan, Schedule
+from .plan_lookup import (
+    MAX_DISTANCE,
+    bucket_sizes,
+    distance,
+    gain_over_sequential,
+    margin_of,
+    nearest,
+)
+from .step_schedules import sizes_below, step_sizes, with_fewer_rows, with_rows
 
-SMALLEST_ROWS = 16
-TILE_ROWS = 128
-"""Rows of the largest GEMM tiles."""
 MOST_PADDING = 0.25
 """Of a dense batch, in rows that an overlapped schedule may have more than the step needs."""
 _MIN_TIME = 0.15
@@ -99,15 +104,19 @@ class PlanBook:
         self.target_rows = plan.buckets[0].dense_batch_tokens if plan else self._sizes[-1]
         """The constant dense batch: the plan's own bucket comes first in it."""
         self._sequential = dict(sequential)
-        self._overlapped: dict[int, Choice] = {}
-        for index, bucket in enumerate(plan.buckets if plan is not None else ()):
-            if even_losing or _is_worth_knowing(bucket):
-                candidate = bucket.winner if even_losing else bucket.best_overlapped
-                self._overlapped[index] = Choice(
-                    key=f"bucket {index}",
-                    schedule=candidate.schedule,
-                    period_us=candidate.best_known.period_us,
-                )
+        self._overlapped: dict[tuple[int, int], Choice] = {}
+        """By bucket and rows."""
+        if plan is not None:
+            for index, bucket in enumerate(plan.buckets):
+                if even_losing:
+                    self._add(index, bucket.winner)
+                elif _is_worth_knowing(bucket):
+                    self._add(index, bucket.best_overlapped)
+                    if bucket.overlap_gain is not None:
+                        smaller = [n for n in bucket_sizes(plan) if n < bucket.dense_batch_tokens]
+                        least = max(smaller, default=0)
+                        for rows in sizes_below(bucket.best_overlapped.schedule, least):
+                            self._add(index, bucket.best_overlapped, rows)
         self.choices = {
             choice.key: choice
             for choice in (*self._sequential.values(), *self._overlapped.values())
@@ -204,7 +213,7 @@ class PlanBook:
             return replace(choice, schedule=schedule, is_replaced=True) if remarks else choice
 
         self._sequential = {rows: held(choice) for rows, choice in self._sequential.items()}
-        self._overlapped = {index: held(choice) for index, choice in self._overlapped.items()}
+        self._overlapped = {place: held(choice) for place, choice in self._overlapped.items()}
         self.choices = {
             choice.key: choice
             for choice in (*self._sequential.values(), *self._overlapped.values())
@@ -252,7 +261,7 @@ class PlanBook:
             f"{num_decodes * mean_kv_len / size:.0f} keys a row",
         )
         most = -1.0
-        for index, choice in self._overlapped.items():
+        for (index, _), choice in self._overlapped.items():
             bucket, padded = self._plan.buckets[index], choice.rows
             if not size <= padded <= size * (1 + MOST_PADDING):
                 continue
@@ -282,7 +291,18 @@ class PlanBook:
         index = next(i for i, b in enumerate(self._plan.buckets) if b is bucket)
         periods = bucket.sequential.best_known.period_us, bucket.winner.best_known.period_us
         said = f"the plan's winner at {size} rows"
-        return Chosen(choice=self._overlapped[index], reason=said, gain=periods[0] / periods[1] - 1)
+        choice = self._overlapped[index, size]
+        return Chosen(choice=choice, reason=said, gain=periods[0] / periods[1] - 1)
+
+    def _add(self, index: int, candidate: Candidate, rows: int | None = None) -> None:
+        """An overlapped schedule of a bucket, with all of its rows or the first of them."""
+        schedule, period_us = candidate.schedule, candidate.best_known.period_us
+        key = f"bucket {index}"
+        if rows is not None:
+            period_us *= rows / schedule.dense_batch_tokens
+            schedule, key = with_fewer_rows(schedule, rows), f"{key}, {rows} rows"
+        place = index, schedule.dense_batch_tokens
+        self._overlapped[place] = Choice(key=key, schedule=schedule, period_us=period_us)
 
     def rows_within(self, limit_s: float, measured_s: Mapping[int, float]) -> int:
         """Rows of the largest dense batch whose step keeps a time limit; at least the smallest.
@@ -306,34 +326,6 @@ class PlanBook:
         if reference <= 0:
             return measured_s[near] * max(_MIN_TIME, size / near)
         return predicted * measured_s[near] / reference
-
-
-def step_sizes(largest: int, wanted: set[int]) -> tuple[int, ...]:
-    """Dense-batch sizes: powers of two and halfway between, in steps of a tile, those wanted.
-
-    A GEMM computes whole tiles of `TILE_ROWS` rows anyway, so coarser steps would be padding that
-    costs, and finer ones would not save any.
-    """
-    sizes = set(wanted) | {largest}
-    size = SMALLEST_ROWS
-    while size < min(largest, 4 * TILE_ROWS):
-        sizes.add(size)
-        if size >= 4 * SMALLEST_ROWS and size * 3 // 2 < largest:
-            sizes.add(size * 3 // 2)
-        size *= 2
-    sizes.update(range(4 * TILE_ROWS, largest, TILE_ROWS))
-    return tuple(sorted(sizes))
-
-
-def with_rows(schedule: Schedule, rows: int) -> Schedule:
-    """A schedule of one nano-batch with another number of rows."""
-    (nano_batch,) = schedule.nano_batches
-    decodes = nano_batch.decode_tokens * rows // nano_batch.num_tokens
-    return replace(
-        schedule,
-        nano_batches=(NanoBatch(tokens=(0, rows), decode_tokens=decodes),),
-        nano_ops=tuple(replace(nano_op, tokens=(0, rows)) for nano_op in schedule.nano_ops),
-    )
 
 
 def _is_worth_knowing(bucket: Bucket) -> bool:

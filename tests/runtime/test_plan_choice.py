@@ -8,7 +8,7 @@ from engine_builders import MODEL, book_of, bucket
 
 from nanoflow_tune.runtime.op_graph import OpGraph
 from nanoflow_tune.runtime.plan import GainCurve
-from nanoflow_tune.runtime.plan_choice import PlanBook, step_sizes
+from nanoflow_tune.runtime.plan_choice import PlanBook
 from nanoflow_tune.runtime.schedule import IllegalScheduleError
 
 GRAPH = OpGraph.build(MODEL)
@@ -62,12 +62,25 @@ def test_the_schedule_that_gains_most_at_the_load_runs_whoever_won_at_its_point(
 
 
 def test_padding_counts_against_a_larger_overlapped_schedule():
-    buckets = (_with_curve(bucket(GRAPH, 640, 320), (0.1, 1 / 0.9 - 1, 0.1)), bucket(GRAPH, 16, 8))
+    large = bucket(GRAPH, 640, 320, cut=512)  # whose second nano-batch is too small to be cut
+    buckets = (_with_curve(large, (0.1, 1 / 0.9 - 1, 0.1)), bucket(GRAPH, 16, 8))
     book = book_of(buckets=buckets)
-    assert book.choose(300, 240, 24.0).choice.key == "bucket 0"
-    assert book.choose(290, 220, 24.0).choice.schedule.name == "sequential"  # of 512 rows
-    (gain,) = (c.gain for c in [book.choose(320, 320, 24.0)])
-    assert gain == pytest.approx(1 / 0.9 - 1)
+    chosen = book.choose(300, 240, 24.0)
+    assert (chosen.choice.key, chosen.choice.rows) == ("bucket 0", 640)
+    assert chosen.gain == pytest.approx(1 / 0.9 - 1, abs=0.01)  # of as many rows
+    assert book.choose(290, 222, 24.0).choice.schedule.name == "sequential"  # of 512 rows
+
+
+def test_an_overlapped_schedule_runs_without_its_last_tiles():
+    large = bucket(GRAPH, 1024, 512, cut=512)
+    buckets = (_with_curve(large, (0.1, 1 / 0.9 - 1, 0.1)), bucket(GRAPH, 512, 256))
+    book = book_of(buckets=buckets)
+    chosen = book.choose(400, 400, 24.0)
+    assert (chosen.choice.key, chosen.choice.rows) == ("bucket 0, 896 rows", 896)
+    assert [batch.tokens for batch in chosen.choice.schedule.nano_batches] == [(0, 512), (512, 896)]
+    assert chosen.choice.period_us == pytest.approx(900.0 * 896 / 1024)
+    rows = {choice.rows for key, choice in book.choices.items() if key.startswith("bucket 0")}
+    assert rows == {1024, 896, 768}
 
 
 def test_a_schedule_that_gains_nowhere_is_no_choice():
@@ -100,12 +113,6 @@ def test_without_a_plan_there_are_sequential_schedules_of_all_sizes():
     book = PlanBook.without_plan(GRAPH, 200, kinds)
     assert book.sizes == (16, 32, 64, 96, 128, 192, 200)
     assert book.choose(100, 0, 5.0).choice.rows == 128
-
-
-def test_sizes_are_powers_of_two_and_halfway_between():
-    assert step_sizes(512, {320}) == (16, 32, 64, 96, 128, 192, 256, 320, 384, 512)
-    assert step_sizes(1000, {1000})[-5:] == (512, 640, 768, 896, 1000)
-    assert step_sizes(40, {24}) == (16, 24, 32, 40)
 
 
 def test_measured_times_scale_the_predicted_ones():
