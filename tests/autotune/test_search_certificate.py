@@ -18,16 +18,15 @@ from nanoflow_tune.autotune.baselines import (
 )
 from nanoflow_tune.autotune.certificate import space_bound
 from nanoflow_tune.autotune.climb import Climb
-from nanoflow_tune.autotune.configuration_lp import (
+from nanoflow_tune.autotune.configuration_lp import Rates, solve
+from nanoflow_tune.autotune.configuration_problem import (
     NOTHING,
     Cell,
     Forms,
     Lane,
     Longer,
     Problem,
-    Rates,
     Together,
-    solve,
 )
 from nanoflow_tune.autotune.cost_model import CostModel
 from nanoflow_tune.autotune.cut_bounds import Bounds, Part, cuts, kept, splits_of
