@@ -79,6 +79,11 @@ class NanoOp:
     """Ids of nano-ops it waits for beyond its data dependencies: of this period when they come
     earlier in issue order, of the previous period otherwise."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Rows that it works on."""
+        return self.tokens[1] - self.tokens[0]
+
     def __post_init__(self) -> None:
         start, end = self.tokens
         if not 0 <= start < end:

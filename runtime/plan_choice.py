@@ -1,8 +1,8 @@
 """What runs a step: a schedule of the plan, chosen by rows, mix and KV length.
 
 Small steps run sequential schedules in sizes between the plan's, so that little is padding; where
-an overlapped schedule of the plan, with the last rows left out or with padding, gains at what
-attention has to read, that runs. Every choice says why. Without a plan (or with one that fits only
+an overlapped schedule of the plan, somewhat shorter or with padding, gains at what attention has to
+read, that runs. Every choice says why. Without a plan (or with one that fits only
 roughly) all schedules are sequential. No torch here.
 """
 
@@ -25,7 +25,7 @@ from .plan_lookup import (
     margin_of,
     nearest,
 )
-from .step_schedules import sizes_below, step_sizes, with_fewer_rows, with_rows
+from .step_schedules import pace, sizes_below, step_sizes, with_fewer_rows, with_rows
 
 MOST_PADDING = 0.25
 """Of a dense batch, in rows that an overlapped schedule may have more than the step needs."""
@@ -44,6 +44,8 @@ class Choice:
     """Predicted or measured time of one iteration; 0 when nobody knows."""
     is_replaced: bool = False
     """Some kernels are others than those that `period_us` was found with."""
+    pace: float = 1.0
+    """Of a bucket's schedule with fewer rows: the part of the whole one's time that it takes."""
 
     @property
     def rows(self) -> int:
@@ -262,14 +264,15 @@ class PlanBook:
         )
         most = -1.0
         for (index, _), choice in self._overlapped.items():
-            bucket, padded = self._plan.buckets[index], choice.rows
-            if not size <= padded <= size * (1 + MOST_PADDING):
+            bucket = self._plan.buckets[index]
+            if not size <= choice.rows <= size * (1 + MOST_PADDING):
                 continue
-            fraction = num_decodes / padded
+            fraction = num_decodes / choice.rows
             gain = gain_over_sequential(bucket, fraction, mean_kv_len)
             if gain is None:
                 continue
-            worth = (1 + gain) * size / padded - 1
+            gain = (1 + gain) * choice.rows / (choice.pace * bucket.dense_batch_tokens) - 1
+            worth = (1 + gain) * size / choice.rows - 1
             if worth >= margin_of(bucket) and worth > most:
                 most = worth
                 said = f"{100 * worth:.0f} % faster at {fraction * mean_kv_len:.0f} keys a row"
@@ -295,14 +298,17 @@ class PlanBook:
         return Chosen(choice=choice, reason=said, gain=periods[0] / periods[1] - 1)
 
     def _add(self, index: int, candidate: Candidate, rows: int | None = None) -> None:
-        """An overlapped schedule of a bucket, with all of its rows or the first of them."""
-        schedule, period_us = candidate.schedule, candidate.best_known.period_us
-        key = f"bucket {index}"
+        """An overlapped schedule of a bucket, with all of its rows or fewer."""
+        schedule, key, part = candidate.schedule, f"bucket {index}", 1.0
         if rows is not None:
-            period_us *= rows / schedule.dense_batch_tokens
-            schedule, key = with_fewer_rows(schedule, rows), f"{key}, {rows} rows"
-        place = index, schedule.dense_batch_tokens
-        self._overlapped[place] = Choice(key=key, schedule=schedule, period_us=period_us)
+            schedule, key = with_fewer_rows(candidate.schedule, rows), f"{key}, {rows} rows"
+            part = pace(candidate.schedule, schedule)
+        self._overlapped[index, schedule.dense_batch_tokens] = Choice(
+            key=key,
+            schedule=schedule,
+            period_us=part * candidate.best_known.period_us,
+            pace=part,
+        )
 
     def rows_within(self, limit_s: float, measured_s: Mapping[int, float]) -> int:
         """Rows of the largest dense batch whose step keeps a time limit; at least the smallest.

@@ -226,14 +226,11 @@ def test_the_regret_of_a_batch_between_points_is_that_of_the_plan_the_engine_tak
     regret = build_book(plan_of(search, 256), search, TRAFFIC, grid, seed=0).regret
     assert regret is not None
     between, shortened, at_point = regret.samples
-    # Half of the nano-batches of 2048 rows are too many to be left out: sequential.
-    assert (between.chosen, between.chosen_tokens) == ("sequential", 1024)
-    assert between.percent == pytest.approx(0.0, abs=0.2)  # which wins there
+    assert (between.chosen, between.chosen_tokens) == ("sequential", 1024)  # which wins there
     assert (shortened.chosen, shortened.chosen_tokens) == ("overlapped", 1536)
-    assert 0.0 <= shortened.percent < 100 * (sequential_us(1536) / overlapped_us(1536, 20.0) - 1)
+    assert [r.percent for r in (between, shortened)] == pytest.approx([0.0, 0.0], abs=0.2)
     assert (at_point.chosen, at_point.chosen_tokens) == ("overlapped", 2048)
     assert at_point.percent == pytest.approx(0.0, abs=0.2)
-    assert regret.worst is shortened
 
 
 def test_a_book_is_the_same_for_a_seed():

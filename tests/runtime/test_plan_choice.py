@@ -62,7 +62,7 @@ def test_the_schedule_that_gains_most_at_the_load_runs_whoever_won_at_its_point(
 
 
 def test_padding_counts_against_a_larger_overlapped_schedule():
-    large = bucket(GRAPH, 640, 320, cut=512)  # whose second nano-batch is too small to be cut
+    large = bucket(GRAPH, 640, 320, cut=512)  # the second nano-batch is too small to lose rows
     buckets = (_with_curve(large, (0.1, 1 / 0.9 - 1, 0.1)), bucket(GRAPH, 16, 8))
     book = book_of(buckets=buckets)
     chosen = book.choose(300, 240, 24.0)
@@ -71,14 +71,18 @@ def test_padding_counts_against_a_larger_overlapped_schedule():
     assert book.choose(290, 222, 24.0).choice.schedule.name == "sequential"  # of 512 rows
 
 
-def test_an_overlapped_schedule_runs_without_its_last_tiles():
+def test_between_the_plans_sizes_shorter_overlapped_schedules_run():
     large = bucket(GRAPH, 1024, 512, cut=512)
     buckets = (_with_curve(large, (0.1, 1 / 0.9 - 1, 0.1)), bucket(GRAPH, 512, 256))
     book = book_of(buckets=buckets)
-    chosen = book.choose(400, 400, 24.0)
-    assert (chosen.choice.key, chosen.choice.rows) == ("bucket 0, 896 rows", 896)
-    assert [batch.tokens for batch in chosen.choice.schedule.nano_batches] == [(0, 512), (512, 896)]
-    assert chosen.choice.period_us == pytest.approx(900.0 * 896 / 1024)
+    chosen = book.choose(380, 380, 24.0)
+    assert (chosen.choice.key, chosen.choice.rows) == ("bucket 0, 768 rows", 768)
+    assert [batch.tokens for batch in chosen.choice.schedule.nano_batches] == [(0, 384), (384, 768)]
+    assert chosen.choice.period_us == pytest.approx(900.0 * 0.75)
+    assert chosen.gain == pytest.approx(1 / 0.9 - 1, abs=0.01)
+    uneven = book.choose(440, 440, 24.0)  # 512 + 384 rows
+    assert uneven.choice.rows == 896
+    assert uneven.gain == pytest.approx(1 / 0.9 * 896 / 1024 / ((1 + 896 / 1024) / 2) - 1, abs=0.01)
     rows = {choice.rows for key, choice in book.choices.items() if key.startswith("bucket 0")}
     assert rows == {1024, 896, 768}
 
