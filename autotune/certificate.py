@@ -138,10 +138,11 @@ def space_bound(
     began = time.perf_counter()
     every = [s for count in range(1, most_batches + 1) for s in splits_of(space, mix, count)]
     splits, passes = _distinct(every, mix), list[_Pass]()
+    spare = work
     lanes: tuple[Lane, ...] = (COMPUTE, NETWORK) if graph.tp_degree > 1 else (NETWORK,)
     for collectives in lanes:
         bounds = Bounds(graph, cost_model, space, mix, is_powered, collectives)
-        one = _Pass(bounds, splits, mix, best_us * (1 - AIM), work)
+        one = _Pass(bounds, splits, mix, best_us * (1 - AIM), work, spare)
         one.run()
         work -= one.spent
         passes.append(one)
@@ -175,10 +176,16 @@ class _Pass:
     """Branch and bound over the parts of the space in which collectives take one lane."""
 
     def __init__(
-        self, bounds: Bounds, splits: Sequence[Split], mix: RowMix, wanted_us: float, work: float
+        self,
+        bounds: Bounds,
+        splits: Sequence[Split],
+        mix: RowMix,
+        wanted_us: float,
+        work: float,
+        spare: float,
     ) -> None:
         self.bounds, self.splits, self.mix = bounds, splits, mix
-        self.wanted_us, self.work = wanted_us, work
+        self.wanted_us, self.work, self.spare = wanted_us, work, spare
         self.screen = bounds.screen(splits)
         self.spent, self.num_full = 0.0, 0
         self.lowest: dict[int, _Lowest] = {}
@@ -209,8 +216,10 @@ class _Pass:
                 self._push(max(aim_us, cap_us), Part(split, self.bounds.cell(1.0, high)))
         while self._queue:
             us, _, is_solved, part = heapq.heappop(self._queue)
-            is_small = us < aim_us and self._size(part.split) <= SMALL  # they take little more
-            if us >= self.wanted_us or (self.spent >= self.work and not is_small):
+            # Small ones take little more each, but shares halve without end: some, not all.
+            is_spare = us < aim_us and self._size(part.split) <= SMALL
+            work = self.work + (self.spare if is_spare else 0.0)
+            if us >= self.wanted_us or self.spent >= work:
                 self._finish(us, part.split)
             else:
                 self._look_into(us, is_solved, part)
