@@ -160,8 +160,9 @@ def _figure(heading: str, png: bytes | None, caption: str) -> str:
         return ""
     data = base64.b64encode(png).decode("ascii")
     return (
-        f'<h2>{escape(heading)}</h2><figure><div><img alt="{escape(heading)}" '
-        f'src="data:image/png;base64,{data}"></div><figcaption>{escape(caption)}</figcaption></figure>'
+        f'<h2>{escape(heading)}</h2><figure><div tabindex="0"><img alt="{escape(heading)}" '
+        f'src="data:image/png;base64,{data}"></div><figcaption><span class="hint">Tap to enlarge. '
+        f"</span>{escape(caption)}</figcaption></figure>"
     )
 
 

@@ -13,9 +13,10 @@ PAGE = Template("""<!doctype html>
 <title>$title</title>
 <style>
 :root { --ink:#1b1f24; --muted:#57606a; --paper:#ffffff; --card:#f6f8fa; --line:#d8dee4;
-  --accent:#0072b2; --good:#00775a; --bad:#b34700; }
+  --accent:#0072b2; --good:#00775a; --bad:#b34700; --shade:rgba(27,31,36,.28); }
 @media (prefers-color-scheme: dark) { :root { --ink:#e6edf3; --muted:#9da7b1; --paper:#0f1419;
-  --card:#1a2129; --line:#2f3842; --accent:#63b8ea; --good:#4cc9a3; --bad:#ff9a5c; } }
+  --card:#1a2129; --line:#2f3842; --accent:#63b8ea; --good:#4cc9a3; --bad:#ff9a5c;
+  --shade:rgba(190,205,220,.34); } }
 * { box-sizing:border-box; }
 body { margin:0; background:var(--paper); color:var(--ink); line-height:1.5;
   font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif; }
@@ -37,15 +38,25 @@ p { margin:.4rem 0; max-width:60rem; }
 .good { color:var(--good); } .bad { color:var(--bad); } .accent { color:var(--accent); }
 figure { margin:.4rem 0 0; }
 figure div { overflow-x:auto; border:1px solid var(--line); border-radius:.55rem; background:#fff; }
-figure img { display:block; width:100%; min-width:44rem; height:auto; }
-.scroll { overflow-x:auto; }
+figure img { display:block; width:100%; max-width:100%; height:auto; }
+figure .hint { display:none; }
+/* A shade at the edge past which a table goes on: covers scroll with the cells, shades do not. */
+.scroll { overflow-x:auto; background:
+  linear-gradient(to right,var(--paper) 40%,transparent) left/2.4rem 100% local,
+  linear-gradient(to left,var(--paper) 40%,transparent) right/2.4rem 100% local,
+  linear-gradient(to right,var(--shade),transparent) left/.7rem 100% scroll,
+  linear-gradient(to left,var(--shade),transparent) right/.7rem 100% scroll;
+  background-repeat:no-repeat; }
 table { border-collapse:collapse; width:100%; font-size:.92rem; font-variant-numeric:tabular-nums; }
 th, td { padding:.34rem .65rem; border-bottom:1px solid var(--line); text-align:right;
   white-space:nowrap; }
 th { color:var(--muted); font-weight:600; }
 th:first-child, td:first-child, .text { text-align:left; }
 tr.winner td { font-weight:650; background:var(--card); }
-@media (max-width:40rem) { th:first-child, td:first-child { white-space:normal; min-width:8rem; }
+@media (max-width:46rem) { main { padding-top:1.2rem; }
+  figure .hint { display:inline; } figure div:focus img { width:44rem; max-width:none; }
+  table { font-size:.84rem; } th, td { padding:.3rem .4rem; } th { white-space:normal; }
+  th:first-child, td:first-child { white-space:normal; min-width:6.5rem; }
   .facts { font-size:.84rem; } .facts td:first-child { min-width:0; width:34%; padding-left:0;
   overflow-wrap:anywhere; } .facts td { padding-right:0; } }
 table.wide { font-size:.84rem; } .wide th, .wide td { padding:.3rem .3rem; }
