@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,20 +11,10 @@ from nanoflow_tune.profiler.profile import Point, Row
 from nanoflow_tune.runtime.op_graph import OpGraph
 from nanoflow_tune.search_spaces.loader import load_hardware
 
-from .conftest import BENCHMARKS
-
 
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory):
-    path = tmp_path_factory.mktemp("layers") / "schedules.yaml"
-    command = [sys.executable, str(BENCHMARKS / "layers.py"), "--case", "8b"]
-    subprocess.run(
-        [*command, "--search-only", str(path)],
-        check=True,
-        capture_output=True,
-        cwd=BENCHMARKS.parent,
-    )
-    return path
+def stored(search_only):
+    return search_only("layers")
 
 
 @pytest.fixture

@@ -34,16 +34,8 @@ def cases(load):
 
 
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory):
-    path = tmp_path_factory.mktemp("predict") / "8b.yaml"
-    command = [sys.executable, str(BENCHMARKS / "predict.py"), "--case", "8b", "--commit", "abc"]
-    subprocess.run(
-        [*command, "--search-only", str(path)],
-        check=True,
-        capture_output=True,
-        cwd=BENCHMARKS.parent,
-    )
-    return path
+def stored(search_only):
+    return search_only("predict", "--commit", "abc")
 
 
 def prediction(cases, name, us, rows=64):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,23 +11,14 @@ from nanoflow_tune.autotune.corrections import CorrectedCostModel, Corrections
 from nanoflow_tune.autotune.simulator import predict
 from nanoflow_tune.search_spaces.loader import load_hardware
 
-from .conftest import BENCHMARKS
+from .conftest import PROFILE
 
 ORIGIN = {"command": "x", "commit": "abc", "gpu": "a GPU", "date": "2026-01-01"}
-PROFILE = BENCHMARKS.parent / "results" / "profiles" / "h200" / "llama3-8b-tp1.csv"
 
 
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory):
-    path = tmp_path_factory.mktemp("refine_gain") / "8b.yaml"
-    command = [sys.executable, str(BENCHMARKS / "refine_gain.py"), "--case", "8b"]
-    subprocess.run(
-        [*command, "--profile", str(PROFILE), "--search-only", str(path)],
-        check=True,
-        capture_output=True,
-        cwd=BENCHMARKS.parent,
-    )
-    return path
+def stored(search_only):
+    return search_only("refine_gain")
 
 
 @pytest.fixture
