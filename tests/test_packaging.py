@@ -94,7 +94,7 @@ def test_installed_wheel_does_the_main_job_from_an_empty_directory(wheel, tmp_pa
 
     result = run(
         *(sys.executable, "-m", "nanoflow_tune.autotune"),
-        *("--model", "llama3-8b", "--output-dir", "out"),
+        *("--model", "llama3-8b", "--buckets", "main", "--output-dir", "out"),
         cwd=empty,
         PYTHONPATH=str(target),
     )

@@ -89,7 +89,7 @@ def test_a_thin_profile_is_searched_and_its_warnings_are_stages():
 
 
 def test_a_saved_profile_is_searched_without_torch(tmp_path: object):
-    """The whole command line, in a process where importing torch fails."""
+    """The whole command line with a short search, in a process where importing torch fails."""
     call = f"""
 import sys
 class NoTorch:
@@ -97,12 +97,16 @@ class NoTorch:
         if name.split(".")[0] == "torch":
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, NoTorch())
+from dataclasses import replace
+from nanoflow_tune.autotune import job
 from nanoflow_tune.autotune.cli import main
+space = replace(job.load_space("quick"), milp_time_limit_s=2.0, simulator_trials=4)
+job.load_space = lambda name: space
 from nanoflow_tune.profiler.store import shipped_profile
 import nanoflow_tune.results, pathlib
 folder = pathlib.Path(nanoflow_tune.results.__file__).parent / "profiles" / "h200"
 code = main(["search", "--model", "llama3-8b", "--profile", str(folder / "llama3-8b-tp1.csv"),
-             "--output-dir", {str(tmp_path)!r} + "/out"])
+             "--buckets", "512", "--output-dir", {str(tmp_path)!r} + "/out"])
 assert "torch" not in sys.modules
 sys.exit(code)
 """
