@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -13,6 +15,8 @@ from nanoflow_tune.runtime.op_shapes import UNFUSED_PREFIXES
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch):
     load("cpu")
+    if importlib.util.find_spec("triton"):
+        load("cuda")  # now: modules register once, and what a test changes is taken back
     monkeypatch.setattr(registry, "_VARIANTS", dict(registry._VARIANTS))
 
 
