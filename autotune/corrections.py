@@ -41,6 +41,8 @@ STEP = 1.05
 """Factor with which the weights are taken."""
 ROUNDS = 3
 """Linear solutions, each around the one before."""
+STEP_PARTS = (1.0, 0.5, 0.25, 0.125)
+"""Of the way to a linear solution, until what is minimised falls; no part: the fit stays."""
 LEAST_PLANS = 3
 """Measured plans from which corrections are worth something."""
 TOLD = 0.01
@@ -208,11 +210,22 @@ class Learner:
         self._names_K, self._covariance_KK = keys, NOISE**2 * np.linalg.inv(normal_KK)
         logs_K, factors = np.zeros(len(keys)), dict[str, float]()
         before_P = missed_P = self._missed(factors)
+
+        def loss(logs_K: NDArray[np.float64], missed_P: NDArray[np.float64]) -> float:
+            return float(missed_P @ missed_P + logs_K @ (ridge_K * logs_K))
+
         for _ in range(ROUNDS):
             wanted_P = missed_P + weights_PK @ logs_K
-            logs_K = np.linalg.solve(normal_KK, weights_PK.T @ wanted_P)
-            factors = {key: exp(value) for key, value in zip(keys, logs_K, strict=True)}
-            missed_P = self._missed(factors)
+            step_K = np.linalg.solve(normal_KK, weights_PK.T @ wanted_P) - logs_K
+            for part in STEP_PARTS:  # the weights hold near the point where they were taken
+                tried_K = logs_K + part * step_K
+                tried = {key: exp(value) for key, value in zip(keys, tried_K, strict=True)}
+                tried_P = self._missed(tried)
+                if loss(tried_K, tried_P) < loss(logs_K, missed_P):
+                    logs_K, factors, missed_P = tried_K, tried, tried_P
+                    break
+            else:
+                break
         error = float(np.sqrt(np.mean(missed_P**2)))
         self._noise = max(NOISE, error)
         return Corrections(

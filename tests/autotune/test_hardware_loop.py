@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import exp
 from pathlib import Path
+from random import Random
 
 import optuna
 import pytest
@@ -165,6 +166,16 @@ def test_factors_are_learnt_from_periods_and_hold_for_plans_not_seen():
     }
     assert errors["corrected"] < 0.4 * errors["plain"]
     assert "kind decode_attention x 1." in fit.told()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_periods_that_no_factors_explain_are_never_told_worse_than_before(seed):
+    rng = Random(seed)
+    learner = Learner(GRAPH, COSTS, MIX)
+    for candidate in raced(Hardware(TRUE)):
+        learner.add(candidate.schedule, candidate.measured.period_us * rng.uniform(0.6, 1.6))
+    fit = learner.fit()
+    assert fit.error <= fit.error_before
 
 
 def test_one_plan_moves_factors_a_little_and_a_plan_as_predicted_none():
