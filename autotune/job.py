@@ -242,6 +242,12 @@ def _profile_from(path: Path, hardware: HardwareSpec) -> ProfileChoice:
             f"a profile must be of the GPU that is planned for, but {path} is of "
             f"{profile.hardware!r} and --gpu is {hardware.name!r}; change one of them"
         )
+    most = max((row.point.num_sms for row in profile.rows), default=0)
+    if most > hardware.num_sms:
+        raise ValueError(
+            f"rows of a profile must fit on the GPU, but {path} has one on {most} SMs and "
+            f"{hardware.name} has {hardware.num_sms}; delete it, or name the right --gpu"
+        )
     return ProfileChoice(profile=profile, title=f"the profile {path.name}{_dated(profile)}")
 
 

@@ -12,15 +12,17 @@ from __future__ import annotations
 from collections import defaultdict
 from itertools import pairwise
 
+from ..profiler.contradictions import (
+    ContradictoryProfileError,
+    refuse_contradictions,
+    row_name,
+)
 from ..profiler.profile import Profile, Row
 from ..runtime.op_graph import GEMM_KINDS, OpGraph
 
-MAX_RATIO = 3.0
 MAX_FALL = 0.3
-
-
-class ContradictoryProfileError(ValueError):
-    """No search can believe this profile."""
+MOST_NAMED = 3
+"""Rows that a warning names."""
 
 
 def profile_warnings(profile: Profile, graph: OpGraph) -> list[str]:
@@ -34,7 +36,7 @@ def profile_warnings(profile: Profile, graph: OpGraph) -> list[str]:
         ContradictoryProfileError: with the rows, the rule and the remedy.
     """
     rows = [row for row in profile.usable_rows if row.source == "measured"]
-    _refuse_contradictions(rows)
+    refuse_contradictions(rows)
     kinds = {row.point.kind for row in profile.usable_rows}
     if not kinds.intersection(GEMM_KINDS):
         raise ContradictoryProfileError(
@@ -50,29 +52,6 @@ def profile_warnings(profile: Profile, graph: OpGraph) -> list[str]:
             "bytes"
         )
     return found
-
-
-def _name(row: Row) -> str:
-    point = row.point
-    keys = f", {point.kv_len} keys" if point.kv_len else ""
-    return (
-        f"{point.kind} {point.shape} {point.variant} {point.tokens} tokens{keys} on "
-        f"{point.num_sms} SMs ({row.median_us:g} us)"
-    )
-
-
-def _refuse_contradictions(rows: list[Row]) -> None:
-    of_point = defaultdict[object, list[Row]](list)
-    for row in rows:
-        of_point[row.point].append(row)
-    for same in of_point.values():
-        low = min(same, key=lambda row: row.median_us)
-        high = max(same, key=lambda row: row.median_us)
-        if high.median_us > MAX_RATIO * low.median_us:
-            raise ContradictoryProfileError(
-                f"rows of one point must agree within {MAX_RATIO:g} times, but got {_name(low)} "
-                f"and {high.median_us:g} us; delete the wrong row, or profile that point again"
-            )
 
 
 def _missing(kinds: set[str], graph: OpGraph) -> list[str]:
@@ -108,10 +87,12 @@ def _falling(rows: list[Row]) -> list[str]:
         for few, many in pairwise(sorted(curve, key=lambda row: row.point.num_sms)):
             is_more = few.point.num_sms < many.point.num_sms
             if is_more and few.median_us < (1 - MAX_FALL) * many.median_us:
-                odd.append(f"{_name(many)} against {few.median_us:g} us on {few.point.num_sms} SMs")
+                odd.append(
+                    f"{row_name(many)} against {few.median_us:g} us on {few.point.num_sms} SMs"
+                )
     if not odd:
         return []
     return [
         f"throughput falls by more than {MAX_FALL:.0%} with more SMs in {len(odd)} row(s) of the "
-        f"profile, which are used as they were measured; e.g. {odd[0]}"
+        f"profile, which are used as they were measured; e.g. {'; '.join(odd[:MOST_NAMED])}"
     ]

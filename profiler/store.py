@@ -25,6 +25,7 @@ import yaml
 from ..search_spaces.loader import parse_yaml
 from ..search_spaces.records import SpecError, read_bounded
 from ..search_spaces.schema import DTYPE_BYTES
+from .contradictions import refuse_contradictions
 from .energy import fit_energy, point_costs, with_fitted_joules
 from .profile import JoulesSource, PairRow, Point, Profile, Row, Source, TripleRow
 
@@ -308,6 +309,7 @@ def load_profile(paths: Iterable[Path]) -> Profile:
 
     Raises:
         ProfileError: no file, a damaged file, or files of different GPUs or dtypes.
+        ContradictoryProfileError: rows of one point of a file are far apart.
     """
     rows: dict[Point, Row] = {}
     pairs: list[PairRow] = []
@@ -315,6 +317,7 @@ def load_profile(paths: Iterable[Path]) -> Profile:
     headers: list[dict[str, str]] = []
     for path in paths:
         header, found = read_rows(path)
+        refuse_contradictions(found, str(path))
         headers.append({**header, "file": path.name})
         rows.update({row.point: row for row in found})
         pairs_path, triples_path = path.with_suffix(PAIRS), path.with_suffix(TRIPLES)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
+from nanoflow_tune.autotune.cli import BAD_INPUT, main
 from nanoflow_tune.autotune.cost_model import CostModel
 from nanoflow_tune.autotune.profile_faults import ContradictoryProfileError, profile_warnings
 from nanoflow_tune.autotune.search import search
@@ -112,3 +116,33 @@ sys.exit(code)
 """
     done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def saved_again(path: Path, column: str, value: Callable[[str], str]) -> None:
+    """The shipped profile, with its first GEMM's row once more, changed in one column."""
+    shipped = Path(str(files("nanoflow_tune.results") / "profiles" / "h200" / "llama3-8b-tp1.csv"))
+    text = shipped.read_text()
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    row = dict(
+        zip(
+            lines[0].split(","),
+            next(x for x in lines if x.startswith("gemm,")).split(","),
+            strict=True,
+        )
+    )
+    path.write_text(text + ",".join({**row, column: value(row[column])}.values()) + "\n")
+
+
+def test_a_file_whose_rows_contradict_each_other_is_refused_by_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Not the later row taken, as between files."""
+    monkeypatch.chdir(tmp_path)
+    job = ["search", "--model", "llama3-8b", "--profile", "made.csv", "--output-dir", "out"]
+    saved_again(Path("made.csv"), "median_us", lambda us: str(3.5 * float(us)))
+    assert main(job) == BAD_INPUT
+    assert "made.csv: rows of one point must agree within 3 times" in capsys.readouterr().err
+    saved_again(Path("made.csv"), "num_sms", lambda _: "200")
+    assert main(job) == BAD_INPUT
+    assert "made.csv has one on 200 SMs and h200 has 132" in capsys.readouterr().err
+    assert not Path("out").exists()
