@@ -1,7 +1,8 @@
 """The choices of one HTTP request on the engine: submitted together, streamed, cancelled together.
 
 The engine calls back from its own thread; `EventBridge` carries events into the event loop, waking
-it once for all that have come, not once a token.
+it once a step, not once a token. A stream that keeps up is given one token at a time; one that is
+behind (its client, or the whole server) gets all that has come at once, so that it catches up.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from typing import Protocol
 from .choice import Choice, ChoiceDelta
 from .metrics import ServerMetrics
 from .sequence import EngineStats, Event, GenerationRequest, OnEvent, RequestRejected
+
+_MANY_EVENTS = 32
+_GATHER_S = 1e-3
+"""About as long as an engine takes to hand out a step's tokens to some hundred streams."""
 
 
 class ServingEngine(Protocol):
@@ -74,31 +79,69 @@ class ServingEngine(Protocol):
 
 
 class EventBridge:
-    """Carries events from the engine's thread to asyncio queues."""
+    """Carries events from the engine's thread into the event loop, to the runs they belong to."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         """Deliver into this loop."""
         self._loop = loop
-        self._events: deque[tuple[asyncio.Queue[tuple[int, Event]], int, Event]] = deque()
+        self._events: deque[tuple[Arrivals, int, Event]] = deque()
         self._is_scheduled = False
+        self._num_delivered = 0
 
-    def listener(self, queue: asyncio.Queue[tuple[int, Event]], index: int) -> OnEvent:
-        """A callback for the engine that puts (index, event) into a queue."""
-        return partial(self._post, queue, index)
+    def listener(self, arrivals: Arrivals, place: int) -> OnEvent:
+        """A callback for the engine that adds (place, event) to some arrivals."""
+        return partial(self._post, arrivals, place)
 
-    def _post(self, queue: asyncio.Queue[tuple[int, Event]], index: int, event: Event) -> None:
-        self._events.append((queue, index, event))
+    def _post(self, arrivals: Arrivals, place: int, event: Event) -> None:
+        self._events.append((arrivals, place, event))
         # Reset before the deque is emptied: an event is either seen by that turn or wakes another.
         if not self._is_scheduled:
             self._is_scheduled = True
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                self._loop.call_soon_threadsafe(self._deliver)
+                self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        # The engine hands out a step's tokens one after the other. To write the first of many at
+        # once would take the interpreter away from it between each two of them.
+        if self._num_delivered >= _MANY_EVENTS:
+            self._loop.call_later(_GATHER_S, self._deliver)
+        else:
+            self._deliver()
 
     def _deliver(self) -> None:
         self._is_scheduled = False
-        while self._events:
-            queue, index, event = self._events.popleft()
-            queue.put_nowait((index, event))
+        # Counted first: an engine that goes on posting must not keep the streams from their turn.
+        self._num_delivered = len(self._events)
+        for _ in range(self._num_delivered):
+            arrivals, place, event = self._events.popleft()
+            arrivals.add(place, event)
+
+
+class Arrivals:
+    """Events of one run that nobody has taken yet; belongs to the event loop."""
+
+    __slots__ = ("_events", "_waiting")
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._events: list[tuple[int, Event]] = []
+        self._waiting: asyncio.Future[None] | None = None
+
+    def add(self, place: int, event: Event) -> None:
+        """Put an event of the choice at some place."""
+        self._events.append((place, event))
+        if (waiting := self._waiting) is not None:
+            self._waiting = None
+            if not waiting.done():  # cancelled: whoever waited has left
+                waiting.set_result(None)
+
+    async def take(self) -> list[tuple[int, Event]]:
+        """All that has come, in order; waits for one event at least. One taker at a time."""
+        while not self._events:
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
+        events, self._events = self._events, []
+        return events
 
 
 class GenerationRun:
@@ -119,33 +162,37 @@ class GenerationRun:
         self.choices = tuple(choices)
         self._engine = engine
         self._metrics = metrics
-        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._arrivals = Arrivals()
         self._submitted: list[Choice] = []
         self._start_s = time.perf_counter()
         self._first_token_s: dict[int, float] = {}
         self._counted: set[int] = set()
         try:
             for place, choice in enumerate(self.choices):
-                engine.submit(choice.request, bridge.listener(self._queue, place))
+                engine.submit(choice.request, bridge.listener(self._arrivals, place))
                 self._submitted.append(choice)
         except RequestRejected as err:
             metrics.rejected(err.status)
             self.close()
             raise
 
-    async def deltas(self) -> AsyncIterator[ChoiceDelta]:
-        """What comes, until all choices have ended; tokens that came meanwhile are one delta."""
-        while not all(choice.is_finished for choice in self.choices):
-            arrived = [await self._queue.get()]
-            while not self._queue.empty():
-                arrived.append(self._queue.get_nowait())
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing more will come."""
+        return all(choice.is_finished for choice in self.choices)
+
+    async def turns(self) -> AsyncIterator[list[ChoiceDelta]]:
+        """What comes, until all choices have ended: each turn has a delta of each choice with news.
+
+        Tokens that came while the caller was busy are one turn, and one delta for each choice.
+        """
+        while not self.is_finished:
             by_choice: dict[int, list[Event]] = {}
-            for place, event in arrived:
+            for place, event in await self._arrivals.take():
                 by_choice.setdefault(place, []).append(event)
-            for place, events in by_choice.items():
-                delta = self._take(place, events)
-                if not delta.is_empty:
-                    yield delta
+            deltas = [self._take(place, events) for place, events in by_choice.items()]
+            if news := [delta for delta in deltas if not delta.is_empty]:
+                yield news
 
     def close(self) -> None:
         """Cancel what the engine still works on, and count it; may be called twice."""

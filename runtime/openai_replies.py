@@ -6,7 +6,8 @@ Without a tokenizer texts are empty and each choice carries its `token_ids`; tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -65,15 +66,15 @@ class ReplyFormat(Protocol):
 
     header: ReplyHeader
 
-    def opening(self, num_choices: int) -> Iterable[Json]:
-        """Chunks before any token."""
+    def opening(self, num_choices: int) -> bytes:
+        """Events before any token."""
         ...
 
-    def chunks(self, delta: ChoiceDelta) -> Iterable[Json]:
-        """Chunks that tell of a delta."""
+    def chunks(self, delta: ChoiceDelta) -> bytes:
+        """Events that tell of a delta."""
         ...
 
-    def usage_chunk(self, usage: Json) -> Json:
+    def usage_chunk(self, usage: Json) -> bytes:
         """The last chunk of a stream whose client asked for token counts."""
         ...
 
@@ -91,6 +92,27 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Json:
     }
 
 
+def sse_event(content: Json) -> bytes:
+    """A server-sent event."""
+    return b"data: " + _compact(content).encode() + b"\n\n"
+
+
+class _Chunk:
+    """What all chunks of a stream have in common, written once.
+
+    A stream has a chunk for each token, and writing the whole object for each would cost more than
+    all else that a token takes.
+    """
+
+    def __init__(self, header: ReplyHeader, kind: str) -> None:
+        self._head = f'data: {_compact(header.fields(kind))[:-1]},"choices":['
+        self._tail = "]{}}}\n\n".format(',"usage":null' if header.has_usage_chunk else "")
+
+    def event(self, choice: str) -> bytes:
+        """The event with one choice, given in JSON."""
+        return f"{self._head}{choice}{self._tail}".encode()
+
+
 class CompletionFormat:
     """`/v1/completions`."""
 
@@ -99,25 +121,30 @@ class CompletionFormat:
     def __init__(self, header: ReplyHeader) -> None:
         """Write under this header."""
         self.header = header
+        self._chunk = _Chunk(header, self._KIND)
 
-    def opening(self, num_choices: int) -> Iterable[Json]:
+    def opening(self, num_choices: int) -> bytes:
         """Nothing: the first chunk brings the first text."""
-        return ()
+        return b""
 
-    def chunks(self, delta: ChoiceDelta) -> Iterable[Json]:
-        """One chunk."""
-        yield _chunk(self.header, self._KIND, [self._choice(delta)])
+    def chunks(self, delta: ChoiceDelta) -> bytes:
+        """One chunk, with the fields of a whole reply's choice."""
+        logprobs = _compact(self._logprobs(delta.records)) if self.header.has_logprobs else "null"
+        return self._chunk.event(
+            f'{{"index":{delta.index},"text":{json.dumps(delta.text)},"logprobs":{logprobs},'
+            f'"finish_reason":{_word(delta.finish_reason)}{_ids_json(self.header, delta)}}}'
+        )
 
-    def usage_chunk(self, usage: Json) -> Json:
+    def usage_chunk(self, usage: Json) -> bytes:
         """No choices, only counts."""
-        return self.header.fields(self._KIND) | {"choices": [], "usage": usage}
+        return sse_event(self.header.fields(self._KIND) | {"choices": [], "usage": usage})
 
     def reply(self, choices: Sequence[WholeChoice], usage: Json) -> Json:
         """The whole reply."""
         written = [self._choice(choice) for choice in choices]
         return self.header.fields(self._KIND) | {"choices": written, "usage": usage}
 
-    def _choice(self, part: WholeChoice | ChoiceDelta) -> Json:
+    def _choice(self, part: WholeChoice) -> Json:
         return {
             "index": part.index,
             "text": part.text,
@@ -146,24 +173,29 @@ class ChatFormat:
     def __init__(self, header: ReplyHeader) -> None:
         """Write under this header."""
         self.header = header
+        self._chunk = _Chunk(header, self._CHUNK)
 
-    def opening(self, num_choices: int) -> Iterable[Json]:
+    def opening(self, num_choices: int) -> bytes:
         """One chunk a choice that says who speaks."""
-        for index in range(num_choices):
-            yield self._one(index, {"role": "assistant", "content": ""})
+        role = _compact({"role": "assistant", "content": ""})
+        return b"".join(self._one(index, role) for index in range(num_choices))
 
-    def chunks(self, delta: ChoiceDelta) -> Iterable[Json]:
+    def chunks(self, delta: ChoiceDelta) -> bytes:
         """The text, then the end."""
-        ids = _token_ids(self.header, delta)
-        if delta.text or delta.records or ids.get("token_ids"):
-            logprobs = self._logprobs(delta.records)
-            yield self._one(delta.index, {"content": delta.text}, logprobs=logprobs, **ids)
+        events = b""
+        ids = _ids_json(self.header, delta)
+        if delta.text or delta.records or (ids and delta.token_ids):
+            content = f'{{"content":{json.dumps(delta.text)}}}'
+            has_logprobs = self.header.has_logprobs
+            logprobs = _compact(self._logprobs(delta.records)) if has_logprobs else "null"
+            events = self._one(delta.index, content, logprobs, more=ids)
         if delta.finish_reason is not None:
-            yield self._one(delta.index, {}, finish_reason=delta.finish_reason)
+            events += self._one(delta.index, "{}", reason=_word(delta.finish_reason))
+        return events
 
-    def usage_chunk(self, usage: Json) -> Json:
+    def usage_chunk(self, usage: Json) -> bytes:
         """No choices, only counts."""
-        return self.header.fields(self._CHUNK) | {"choices": [], "usage": usage}
+        return sse_event(self.header.fields(self._CHUNK) | {"choices": [], "usage": usage})
 
     def reply(self, choices: Sequence[WholeChoice], usage: Json) -> Json:
         """The whole reply."""
@@ -179,9 +211,13 @@ class ChatFormat:
         ]
         return self.header.fields(self._KIND) | {"choices": written, "usage": usage}
 
-    def _one(self, index: int, delta: Json, **more: Any) -> Json:  # noqa: ANN401
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} | more
-        return _chunk(self.header, self._CHUNK, [choice])
+    def _one(
+        self, index: int, delta: str, logprobs: str = "null", reason: str = "null", more: str = ""
+    ) -> bytes:
+        return self._chunk.event(
+            f'{{"index":{index},"delta":{delta},"logprobs":{logprobs},'
+            f'"finish_reason":{reason}{more}}}'
+        )
 
     def _logprobs(self, records: Sequence[TokenRecord]) -> Json | None:
         if not self.header.has_logprobs:
@@ -201,12 +237,22 @@ class ChatFormat:
         return {"token": text, "logprob": logprob, "bytes": list(token)}
 
 
-def _chunk(header: ReplyHeader, kind: str, choices: list[Json]) -> Json:
-    chunk = header.fields(kind) | {"choices": choices}
-    return chunk | {"usage": None} if header.has_usage_chunk else chunk
+def _compact(content: Json | None) -> str:
+    return json.dumps(content, separators=(",", ":"))
 
 
-def _token_ids(header: ReplyHeader, part: WholeChoice | ChoiceDelta) -> Json:
+def _word(reason: str | None) -> str:
+    return "null" if reason is None else f'"{reason}"'
+
+
+def _ids_json(header: ReplyHeader, delta: ChoiceDelta) -> str:
+    """The last field of a choice, where there is one."""
+    if not header.has_token_ids:
+        return ""
+    return f',"token_ids":[{",".join(map(str, delta.token_ids))}]'
+
+
+def _token_ids(header: ReplyHeader, part: WholeChoice) -> Json:
     return {"token_ids": list(part.token_ids)} if header.has_token_ids else {}
 
 

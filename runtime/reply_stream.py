@@ -6,7 +6,6 @@ Either ends early when the client goes away, and then the engine's work for it i
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -16,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from .generation_run import GenerationRun
 from .http_guard import ApiError
-from .openai_replies import Json, ReplyFormat, WholeChoice, usage
+from .openai_replies import ReplyFormat, WholeChoice, sse_event, usage
 
 ResultT = TypeVar("ResultT")
 
@@ -50,18 +49,23 @@ async def events(
         form: how to write.
         num_prompt_tokens: of all prompts.
     """
-    for chunk in form.opening(len(run.choices)):
-        yield _event(chunk)
-    async for delta in run.deltas():
-        if delta.finish_reason in ("error", "cancelled"):
-            yield _event(_failure(delta.finish_reason, delta.message).body())
-            return
-        for chunk in form.chunks(delta):
-            yield _event(chunk)
+    if opening := form.opening(len(run.choices)):
+        yield opening
+    written = b""
+    async for deltas in run.turns():
+        written = b""
+        for delta in deltas:
+            if delta.finish_reason in ("error", "cancelled"):
+                failure = _failure(delta.finish_reason, delta.message).body()
+                yield written + sse_event(failure)
+                return
+            written += form.chunks(delta)
+        if not run.is_finished:
+            yield written
+    # The last turn goes out together with what ends the stream.
     if form.header.has_usage_chunk:
-        counts = usage(num_prompt_tokens, num_generated(run))
-        yield _event(form.usage_chunk(counts))
-    yield b"data: [DONE]\n\n"
+        written += form.usage_chunk(usage(num_prompt_tokens, num_generated(run)))
+    yield written + b"data: [DONE]\n\n"
 
 
 async def collect(run: GenerationRun) -> list[WholeChoice]:
@@ -71,10 +75,11 @@ async def collect(run: GenerationRun) -> list[WholeChoice]:
         ApiError: the engine failed, or is closing.
     """
     whole = {choice.index: WholeChoice(choice.index) for choice in run.choices}
-    async for delta in run.deltas():
-        if delta.finish_reason in ("error", "cancelled"):
-            raise _failure(delta.finish_reason, delta.message)
-        whole[delta.index].add(delta)
+    async for deltas in run.turns():
+        for delta in deltas:
+            if delta.finish_reason in ("error", "cancelled"):
+                raise _failure(delta.finish_reason, delta.message)
+            whole[delta.index].add(delta)
     return list(whole.values())
 
 
@@ -92,10 +97,6 @@ async def unless_gone(work: Coroutine[Any, Any, ResultT], http: Request) -> Resu
     finally:
         working.cancel()
         watching.cancel()
-
-
-def _event(content: Json) -> bytes:
-    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
 
 
 def _failure(reason: str, message: str) -> ApiError:
