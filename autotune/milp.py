@@ -31,7 +31,7 @@ A nano-batch of size 0 has durations 0: the number of nano-batches is a choice o
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import floor
@@ -58,7 +58,7 @@ class Certificate:
     status: str
     """`optimal` (within the asked gap), `limit` (of time or nodes), or `no_solution`."""
     period_us: float
-    """Steady time of one layer; 0 without a solution."""
+    """Steady time of one layer at mean slowdowns; 0 without a solution."""
     bound_us: float
     """No choice in the model has a shorter period."""
     gap: float
@@ -70,7 +70,10 @@ class Certificate:
     simulated_us: float = 0.0
     """Steady time of one layer of the found schedule in the simulator; 0 without a schedule."""
     same_interference_us: float = 0.0
-    """The same by the MILP's constraints, with the simulated time of each nano-op."""
+    """The same by the MILP, within 1 %: `period_us` where that is so near, else with the simulated
+    time of each nano-op in place of its mean slowdown (`milp_agreement.py`)."""
+    rounds: int = 0
+    """Times that the order was solved again with simulated times."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,6 +244,11 @@ class Model:
             members = [i for i in self.nodes if self.instance.lanes[i] == lane]
             self._add(self.pulp.lpSum(self.delta[i] for i in members) <= 1)
         self._add(self.pulp.lpSum(self.area) <= 1)
+
+    def fix_forms(self, is_form_1: Sequence[bool]) -> None:
+        """Nano-batches that may choose take these forms."""
+        for z, is_other in zip(self.z, is_form_1, strict=True):
+            z.bounds(int(is_other), int(is_other))
 
     def start_values(self, start: Start) -> dict[str, float]:
         """Integer variables as a known schedule has them; nodes without rows are left open."""

@@ -169,11 +169,9 @@ class _Search:
         self, known: Sequence[Schedule], least_batches: int
     ) -> tuple[Schedule | None, Certificate]:
         """One MILP; its schedule enters the race."""
+        job = (self.graph, self.cost_model, self.space, self.mix)
         found, certificate = find_structure(
-            self.graph,
-            self.cost_model,
-            self.space,
-            self.mix,
+            *job,
             seed=self.seed,
             known=known,
             least_batches=least_batches,
@@ -181,12 +179,13 @@ class _Search:
         if found is not None and not self.is_legal(found):
             self.tell("structure MILP: its shares fit in pairs only, left out")
             found = None
-        if found is not None:
-            self.add(found)
+        self.tried += [self.predicted(found)] if found else []
         self.tell(
-            f"structure MILP: {certificate.status}, layer {certificate.period_us:.0f} us, bound "
-            f"{certificate.bound_us:.0f} us, gap {100 * certificate.gap:.1f} %, "
-            f"{certificate.seconds:.1f} s; simulated {certificate.simulated_us:.0f} us a layer"
+            f"structure MILP: {certificate.status}, layer {certificate.period_us:.0f} us, gap "
+            f"{100 * certificate.gap:.1f} % to {certificate.bound_us:.0f} us, "
+            f"{certificate.seconds:.1f} s; at its own slowdowns "
+            f"{certificate.same_interference_us:.0f} us ({certificate.rounds} rounds), simulated "
+            f"{certificate.simulated_us:.0f} us a layer"
         )
         return found, certificate
 

@@ -11,8 +11,9 @@ from ..runtime.schedule import IllegalScheduleError
 from ..search_spaces.schema import SearchSpace
 from .cost_model import CostModel
 from .milp import Certificate, Model, Solution, issue_order, phases
-from .milp_agreement import agreement
+from .milp_agreement import LARGEST_DIFFERENCE, MOST_ROUNDS, Agreement, agreement
 from .milp_input import Split, build_instance, forms_of, split_candidates
+from .milp_repricing import PricedAgain, solved_again
 from .milp_start import start_from
 from .patterns import Placed, batch_mix, build_schedule, macro_ops, split_batches
 
@@ -48,21 +49,38 @@ def find_structure(
     macros = macro_ops(graph)
     for node, share in start.share.items() if start else ():
         wanted.setdefault(macros[node % len(macros)].lane, set()).add(share)
-    model = Model(build_instance(graph, cost_model, space, mix, splits, wanted))
-    solution, certificate = model.solve(
+    instance = build_instance(graph, cost_model, space, mix, splits, wanted)
+    solution, certificate = Model(instance).solve(
         space.milp_time_limit_s, space.milp_relative_gap, seed, start
     )
-    if solution is None:
+    found: list[tuple[Schedule, Agreement, float]] = []
+    period_us, solver_s = certificate.period_us, certificate.seconds
+    while solution is not None:
+        split = splits[solution.split]
+        try:
+            schedule = schedule_of(solution, split, graph, cost_model, mix)
+        except IllegalScheduleError:  # its shares find no places, in any order
+            break
+        both = agreement(schedule, graph, cost_model, mix)
+        found.append((schedule, both, period_us))
+        is_agreed = abs(period_us / both.simulated_us - 1) <= LARGEST_DIFFERENCE
+        if is_agreed or len(found) > MOST_ROUNDS:
+            break
+        priced = PricedAgain(instance, solution, both.node_us(schedule, graph))
+        known_start = start_from(schedule, graph, cost_model, mix, (split,))
+        solution, period_us, seconds = solved_again(priced, seed, known_start)
+        solver_s += seconds
+    if not found:
         return None, certificate
-    try:
-        schedule = schedule_of(solution, splits[solution.split], graph, cost_model, mix)
-    except IllegalScheduleError:  # its shares find no places, in any order
-        return None, certificate
-    both = agreement(schedule, graph, cost_model, mix)
+    schedule, both, period_us = min(found, key=lambda one: one[1].simulated_us)
+    if abs(period_us / both.simulated_us - 1) > LARGEST_DIFFERENCE:  # its prices are another's
+        period_us = both.same_interference_us
     return schedule, replace(
         certificate,
         simulated_us=both.simulated_us,
-        same_interference_us=both.same_interference_us,
+        same_interference_us=period_us,
+        rounds=len(found) - 1,
+        seconds=solver_s,
     )
 
 
