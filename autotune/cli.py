@@ -50,14 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    from .cli_parser import build_parser  # its imports take long enough to be interrupted
+    from .cli_parser import NOT_OF_PAPER, build_parser  # slow enough to be interrupted
 
     parser = build_parser()
     _check_text(parser, sys.argv[1:] if argv is None else argv)
     options = parser.parse_args(argv)
     if options.paper:
-        fixed = ("verb", "model", "gpu", "num_gpus", "profile", "output_dir", "effort", "buckets")
-        if any(getattr(options, name) != parser.get_default(name) for name in fixed):
+        if any(getattr(options, name) != parser.get_default(name) for name in NOT_OF_PAPER):
             parser.error("--paper is LLaMA-2-70B on 8 x A100 80GB: give only --workload, --seed")
         options.verb = "paper"
     if options.verb is None and options.model is None:
@@ -118,6 +117,7 @@ def _tune_options(options: argparse.Namespace) -> Any:  # noqa: ANN401
         is_search_only=options.verb == "search",
         allows_host_planned=options.host_planned,
         is_resumed=options.resume,
+        storage=options.storage,
     )
 
 

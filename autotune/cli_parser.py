@@ -10,6 +10,19 @@ from ..profiler.profile import ALL_PARTS
 from .book_grid import check_sizes
 from .tool_parsers import add_tool_parsers
 
+NOT_OF_PAPER = (
+    "verb",
+    "model",
+    "gpu",
+    "num_gpus",
+    "profile",
+    "output_dir",
+    "effort",
+    "buckets",
+    "storage",
+)
+"""Flags that `--paper` leaves no choice of."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The main job's flags, and the verbs."""

@@ -267,7 +267,7 @@ class _Loop:
                 continue
             pace = turn.base[0].period_us / incumbent[1] if incumbent else 1.0
             us = timing.period_us / pace
-            self.study.tell(item.trial, us)
+            self.study.tell(item.trial, us, skip_if_finished=True)
             self.num_measured += 1
             self.learn(item.schedule, us)
             found.append(

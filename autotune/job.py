@@ -31,6 +31,7 @@ from ..search_spaces.schema import (
 )
 from .capacity import DenseBatch, dense_batch, num_gpus_default
 from .gpu_stage import Devices, GpuStage, find_devices, find_stage, why_not
+from .study_storage import without_password
 
 Effort = Literal["quick", "full"]
 DEFAULT_GPU = "h200"
@@ -64,6 +65,8 @@ class TuneOptions:
     """Leave out verification and pictures."""
     allows_host_planned: bool = False
     """Plans may name attention kernels that plan on the host, which the engine replaces."""
+    storage: str | None = None
+    """Of the Optuna studies, to share them with other workers; None: in the output folder."""
     is_resumed: bool = False
     """There must be an interrupted run to go on with."""
 
@@ -119,7 +122,7 @@ def resolve(options: TuneOptions, say: Callable[[str], None]) -> Job:
     case = IterationCase(
         model=model, hardware=hardware, tp_degree=num_gpus, mix=batch.mix, seed=options.seed
     )
-    stage = find_stage(devices, case, command=options.command, say=say)
+    stage = find_stage(devices, case, command=without_password(options.command), say=say)
     reasons = _reasons(options, batch, space, num_gpus)
     return Job(
         model=model,

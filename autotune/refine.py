@@ -37,6 +37,7 @@ from .patterns import (
     total_tokens,
 )
 from .simulator import predict
+from .study_storage import mark, open_storage, retry_lost
 
 if TYPE_CHECKING:
     import optuna
@@ -287,24 +288,33 @@ def refine(
 
     Args:
         family: what to search.
-        trials: in all, those of a resumed study included.
+        trials: in all, those of a resumed study and of other workers included.
         seed: of the sampler.
-        storage: an Optuna URL, e.g. `sqlite:///out/search.db`; None keeps it in memory.
+        storage: as `study_storage.py` opens it; None keeps the study in memory.
         enqueue: parameters to try first.
         advance: told how many trials are done.
     """
     study = open_study(family, seed, "simulator", storage, enqueue)
-    candidates = [replayed(family, trial) for trial in study.get_trials(deepcopy=False)]
-    done = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
-    for number in range(len(done), trials):
+    own: dict[int, Candidate] = {}
+    last: int | None = None
+    while (number := _num_finished(study)) < trials:  # other workers' trials count
         advance(number, trials)
         trial, schedule = ask(study, family)
+        if last is not None and trial.number != last + 1:
+            study.sampler.reseed_rng()  # another worker is here, perhaps with the same seed
+        last = trial.number
         if schedule is None:
             continue
         timing = predict(schedule, family.graph, family.cost_model, family.mix)
-        study.tell(trial, timing.period_us)
-        candidates.append(Candidate(schedule=schedule, predicted=timing))
+        study.tell(trial, timing.period_us, skip_if_finished=True)
+        own[trial.number] = Candidate(schedule=schedule, predicted=timing)
+    done = study.get_trials(deepcopy=False)
+    candidates = (own.get(trial.number) or replayed(family, trial) for trial in done)
     return tuple(candidate for candidate in candidates if candidate is not None)
+
+
+def _num_finished(study: optuna.Study) -> int:
+    return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
 
 
 def open_study(
@@ -314,17 +324,24 @@ def open_study(
     storage: str | None,
     enqueue: Sequence[Mapping[str, Any]],
 ) -> optuna.Study:
-    """The study of these inputs, resumed where the storage has it, with parameters to try first."""
+    """The study of these inputs, resumed where the storage has it, with parameters to try first.
+
+    Raises:
+        ValueError: the storage cannot be opened.
+    """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         study_name=study_name(family, seed, how),
-        storage=storage,
+        storage=None if storage is None else open_storage(storage),
         sampler=optuna.samplers.TPESampler(seed=seed),
         load_if_exists=True,
         direction="minimize",
     )
+    if study.trials:  # the draws of whoever began it would be its trials once more
+        study.sampler = optuna.samplers.TPESampler(seed=(seed + len(study.trials)) % 2**32)
+    retry_lost(study)
     for parameters in enqueue:
         study.enqueue_trial(dict(parameters), skip_if_exists=True)
     return study
@@ -335,6 +352,7 @@ def ask(study: optuna.Study, family: Family) -> tuple[optuna.Trial, Schedule | N
     import optuna
 
     trial = study.ask()
+    mark(trial)
     try:
         return trial, checked(family, trial)
     except IllegalScheduleError as err:

@@ -63,6 +63,12 @@ def add_tool_parsers(parser: argparse.ArgumentParser, verbs: Any) -> None:  # no
             help="go on with an interrupted run, and refuse where there is none (without the flag "
             "the same command goes on with what it finds)",
         )
+        job.add_argument(
+            "--storage",
+            metavar="URL",
+            help="keep and share the trials there: sqlite:///FILE, journal:FILE or another "
+            "SQLAlchemy URL (default: search.db in the output folder)",
+        )
     for verb, arguments in _EXAMPLES.items():
         described = verbs.choices[verb] if verb else parser
         lines = (f"  {' '.join(filter(None, (parser.prog, verb, text)))}" for text in arguments)

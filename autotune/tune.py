@@ -53,6 +53,7 @@ from .search import SearchResult, pick_winner, search
 from .search_progress import search_bar
 from .search_result import best_of_each_kind
 from .sensitivity import sensitivity
+from .study_storage import open_storage
 from .trace import Track
 from .verification import verify
 from .what_if import what_ifs
@@ -100,6 +101,8 @@ def _run_in(
     folder: Path, options: TuneOptions, job: Job, console: Console, started: float
 ) -> Report:
     replaced = claim(folder, _identity(job), is_measured=job.stage is not None)
+    if options.storage is not None:
+        open_storage(options.storage)  # before anything is measured
     chosen = choose_profile(options, job)
     say(console, "profile", chosen.title)
     cost_model = CostModel(
@@ -207,7 +210,7 @@ def _search(
                 job.space,
                 job.batch.mix,
                 seed=options.seed,
-                storage=f"sqlite:///{study}",
+                storage=options.storage or f"sqlite:///{study}",
                 on_progress=lambda text: say(console, "search", text),
                 on_stage=on_stage,
                 measure=measure,
