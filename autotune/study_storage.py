@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ JOURNAL = "journal:"
 LOST_AFTER = timedelta(hours=1)
 """A trial of another host that runs for longer has lost its worker."""
 _WORKER = "worker"
+_ATTEMPTS, _PAUSE_S = 10, 0.5
+"""At opening a database whose tables another worker is making."""
 _BUSY_S = 60
 """How long a worker waits while another one writes to the same SQLite file."""
 
@@ -34,7 +37,6 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
         ValueError: it names nothing that can be opened.
     """
     import optuna
-    import sqlalchemy.exc
     from optuna.storages.journal import JournalFileBackend
 
     try:
@@ -43,14 +45,36 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
             if path.is_dir() or not path.name or not path.parent.is_dir():
                 raise ValueError(f"{str(path)!r} must be a file in a folder that exists")
             return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-        arguments = {"timeout": _BUSY_S} if url.startswith("sqlite") else {}
-        return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": arguments})
-    except (ValueError, OSError, ImportError, sqlalchemy.exc.SQLAlchemyError) as err:
+        return _database(url)
+    except (ValueError, OSError, ImportError, *_database_errors()) as err:
         reason = without_password(str(err).splitlines()[0])
         raise ValueError(
             "--storage must be sqlite:///FILE, journal:FILE, or the URL of a database that answers "
             f"and whose driver is installed, but got {without_password(url)!r} ({reason})"
         ) from err
+
+
+def _database(url: str) -> optuna.storages.RDBStorage:
+    """The database, whose tables may be made by another worker at this moment."""
+    import optuna
+
+    arguments = {"timeout": _BUSY_S} if url.startswith("sqlite") else {}
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": arguments})
+        except _database_errors() as err:
+            is_made = "already exists" in str(err) or "alembic_version" in str(err)
+            if not is_made or not left:
+                raise
+            time.sleep(_PAUSE_S)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _database_errors() -> tuple[type[Exception], ...]:
+    import optuna
+    import sqlalchemy.exc
+
+    return sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError
 
 
 def without_password(text: str) -> str:

@@ -46,7 +46,6 @@ def work(url: str, trials: int, best: Any) -> None:
 @pytest.mark.parametrize("kind", ["sqlite:///", "journal:"])
 def test_two_workers_share_a_study_and_each_knows_what_the_other_found(kind: str, tmp_path: Path):
     url, trials = f"{kind}{tmp_path}/shared", 40
-    open_storage(url)
     context = multiprocessing.get_context("spawn")
     best = context.Queue()
     workers = [context.Process(target=work, args=(url, trials, best)) for _ in range(2)]
@@ -61,6 +60,28 @@ def test_two_workers_share_a_study_and_each_knows_what_the_other_found(kind: str
     values = [trial.value for trial in done if trial.state == STATES.COMPLETE]
     assert min(results) == pytest.approx(min(v for v in values if v is not None))
     assert {trial.user_attrs["worker"].split(":")[0] for trial in done} == {socket.gethostname()}
+
+
+def open_together(url: str, gate: Any, said: Any) -> None:
+    gate.wait()
+    try:
+        open_storage(url)
+    except ValueError as err:
+        said.put(str(err))
+    else:
+        said.put("opened")
+
+
+def test_workers_that_start_at_once_make_the_tables_once(tmp_path: Path):
+    context = multiprocessing.get_context("spawn")
+    gate, said = context.Barrier(4), context.Queue()
+    arguments = f"sqlite:///{tmp_path}/new.db", gate, said
+    workers = [context.Process(target=open_together, args=arguments) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    assert [said.get(timeout=120) for _ in workers] == ["opened"] * 4
+    for worker in workers:
+        worker.join()
 
 
 def test_a_trial_whose_worker_was_killed_is_tried_again(tmp_path: Path):
