@@ -87,6 +87,25 @@ def test_the_figure_is_p99_over_mean_and_only_of_whole_runs(load):
         )
 
 
+def test_a_client_that_sent_late_has_measured_itself(load):
+    online = load("online")
+    on_time = _served(online, 1.0, 1.1, 1.2, 4)
+    late = online.Served(
+        due_s=1.0,
+        sent_s=1.0 + 1.01 * online.LATE_S,
+        first_token_s=1.1,
+        end_s=1.2,
+        prompt_tokens=5,
+        decode_tokens=4,
+    )
+    few = online.Outcome(served=(on_time,) * 99 + (late,), failed=())
+    assert online.figure(few, "c", "g").value == pytest.approx(1)
+    assert "100 served, 0 failed, 1 sent late" in online.table(few, 2.0)
+    more = online.Outcome(served=(on_time,) * 98 + (late,) * 2, failed=())
+    with pytest.raises(ValueError, match=r"at most 1 %.*50 ms late, but 2 of 100.*--processes"):
+        online.figure(more, "c", "g")
+
+
 def test_other_machines_are_never_asked(load):
     online = load("online")
     assert online.loopback("http://127.0.0.1:8000/") == "http://127.0.0.1:8000"
@@ -102,8 +121,11 @@ def test_a_run_against_a_server_prints_latencies_and_stores_the_figure(tmp_path)
     with live_server(max_model_len=64) as server:
         command = [sys.executable, str(BENCHMARKS / "online.py"), "--url", server.url]
         command += ["--requests", "12", "--load", "0.5", "--out", "figures.csv"]
+        command += ["--processes", "2"]
         found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert found.returncode == 0, found.stderr
     assert "12 served, 0 failed" in found.stdout
+    warm_ups = 2 * 2  # before the run that finds the peak, and before the other one
+    assert len(server.engine.submitted) == 2 * (12 + warm_ups)
     assert "normalised" in found.stdout
     assert 'online_p99,"sharegpt moments, 50 % of peak"' in (tmp_path / "figures.csv").read_text()
