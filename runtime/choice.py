@@ -19,11 +19,11 @@ class TokenRecord:
     token_id: int
     text_offset: int
     """Characters of this choice's text before the token's own."""
-    logprob: float | None
+    logprob: float
     top_logprobs: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # frozen ones take three times as long to make
 class ChoiceDelta:
     """What some events added to a choice."""
 
@@ -32,7 +32,8 @@ class ChoiceDelta:
     token_ids: tuple[int, ...]
     """All new tokens, the one that ended the request included."""
     records: tuple[TokenRecord, ...]
-    """Of the tokens whose text is out; those of an end token or a stop string are never."""
+    """Of the tokens with log-probabilities whose text is out; those of an end token or a stop
+    string are never."""
     finish_reason: FinishReason | None
     message: str = ""
 
@@ -93,7 +94,7 @@ class Choice:
         text, token_ids = "", list[int]()
         for event in events:
             if isinstance(event, TokenEvent):
-                if not self.is_finished:
+                if self.finish_reason is None:
                     token_ids.append(event.token_id)
                     text += self._token(event)
                 continue
@@ -116,14 +117,14 @@ class Choice:
         self.num_generated_tokens += 1
         if event.token_id in self._ends:
             return ""
-        self._pending.append(
-            TokenRecord(
+        if event.logprob is not None:  # somebody asked, so somebody will read it
+            record = TokenRecord(
                 token_id=event.token_id,
                 text_offset=self._num_decoded,
                 logprob=event.logprob,
                 top_logprobs=event.top_logprobs,
             )
-        )
+            self._pending.append(record)
         if self._text is None:
             return ""
         new = self._text.push(event.token_id)
@@ -143,6 +144,8 @@ class Choice:
         self.finish_reason = reason
 
     def _release(self) -> tuple[TokenRecord, ...]:
+        if not self._pending:
+            return ()
         is_cut = self._stop.matched is not None
         if self._text is None or (self.is_finished and not is_cut):
             out = len(self._pending)

@@ -164,6 +164,7 @@ class GenerationRun:
         self._metrics = metrics
         self._arrivals = Arrivals()
         self._submitted: list[Choice] = []
+        self._num_unfinished = len(self.choices)
         self._start_s = time.perf_counter()
         self._first_token_s: dict[int, float] = {}
         self._counted: set[int] = set()
@@ -179,7 +180,7 @@ class GenerationRun:
     @property
     def is_finished(self) -> bool:
         """Whether nothing more will come."""
-        return all(choice.is_finished for choice in self.choices)
+        return self._num_unfinished == 0
 
     async def turns(self) -> AsyncIterator[list[ChoiceDelta]]:
         """What comes, until all choices have ended: each turn has a delta of each choice with news.
@@ -187,11 +188,16 @@ class GenerationRun:
         Tokens that came while the caller was busy are one turn, and one delta for each choice.
         """
         while not self.is_finished:
+            arrived = await self._arrivals.take()
             by_choice: dict[int, list[Event]] = {}
-            for place, event in await self._arrivals.take():
+            for place, event in arrived:
                 by_choice.setdefault(place, []).append(event)
-            deltas = [self._take(place, events) for place, events in by_choice.items()]
-            if news := [delta for delta in deltas if not delta.is_empty]:
+            news = list[ChoiceDelta]()
+            for place, events in by_choice.items():
+                delta = self._take(place, events)
+                if not delta.is_empty:
+                    news.append(delta)
+            if news:
                 yield news
 
     def close(self) -> None:
@@ -202,13 +208,14 @@ class GenerationRun:
             self._count(place, choice)
 
     def _take(self, place: int, events: Sequence[Event]) -> ChoiceDelta:
-        choice, now_s = self.choices[place], time.perf_counter()
+        choice = self.choices[place]
         was_finished = choice.is_finished
         delta = choice.push(events)
         if delta.token_ids and place not in self._first_token_s:
-            self._first_token_s[place] = now_s
+            self._first_token_s[place] = now_s = time.perf_counter()
             self._metrics.first_token(now_s - self._start_s)
         if choice.is_finished and not was_finished:
+            self._num_unfinished -= 1
             if choice.needs_cancel:
                 self._engine.cancel(choice.request.request_id)
             self._count(place, choice)
