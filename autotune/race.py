@@ -1,4 +1,4 @@
-"""Who wins the race: candidates once each, the margin a winner needs, the best overlapped one."""
+"""Who is in the race and wins it: what is measured, the margin of a winner, the best overlapped."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from ..runtime.plan import Candidate, Schedule
 from ..runtime.plan_lookup import MEASURED_MARGIN, PREDICTED_MARGIN
 from ..runtime.schedule import IllegalScheduleError, concurrent_pairs, output_forms
 
+MEASURED_FROM_SIMULATOR = 4
+"""Best refined schedules of the simulator that are measured."""
 BASELINES = "nano_only", "equal_split"
 """Schedules that need no search, beside the sequential one."""
 
@@ -25,6 +27,25 @@ def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
         elif candidate.measured is not None:
             found[key] = replace(known, measured=candidate.measured)
     return list(found.values())
+
+
+def racers(tried: Iterable[Candidate]) -> list[Candidate]:
+    """What is measured first, all together: every named schedule and the best few refined ones."""
+    race = distinct(tried)
+    refined = [c for c in race if c.schedule.name == "overlapped_refined"]
+    refined.sort(key=lambda candidate: candidate.predicted.period_us)
+    named = [c for c in race if c.schedule.name != "overlapped_refined"]
+    return named + refined[:MEASURED_FROM_SIMULATOR]
+
+
+def finalists(tried: Iterable[Candidate]) -> list[Candidate]:
+    """Sequential and the fastest few that were measured: once more, in one run, they decide."""
+    measured = [c for c in distinct(tried) if c.measured is not None]
+    base = next(c for c in measured if c.schedule.name == "sequential")
+    others = [c for c in measured if c is not base]
+    others.sort(key=lambda candidate: candidate.best_known.period_us)
+    overlapped = [c for c in others if c.schedule.is_overlapped]
+    return distinct([base, *others[:2], *overlapped[:3]])
 
 
 def reference_of(base: Candidate, others: Sequence[Candidate]) -> Candidate:

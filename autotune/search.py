@@ -41,8 +41,10 @@ from .profile_faults import profile_warnings
 from .race import (
     best_overlapped,
     distinct,
+    finalists,
     forms_in_words,
     pick_winner,
+    racers,
     summary,
     why_it_won,
 )
@@ -54,16 +56,15 @@ from .side_by_side import attention_side_by_side
 from .simulator import predict
 from .structure import find_structure
 
-MEASURED_FROM_SIMULATOR = 4
-"""Best refined schedules of the simulator that are measured."""
 CLIMB_AGAIN = 0.03
 """Part of the period that a local search gains where another one goes on from what it found."""
-LEAST_TRIALS = 20  # of the simulator, below which single nano-ops do not try other kernels
+LEAST_TRIALS = 20
+"""Of the simulator, below which single nano-ops do not try other kernels."""
 CLIMBED_KEPT = 2
 """Best schedules of the local search that enter the race."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Search:
     """One search under way: its inputs, and what it tried."""
 
@@ -79,6 +80,11 @@ class _Search:
     measure: Measure | None
     tried: list[Candidate]
     stages: list[str]
+
+    @property
+    def job(self) -> tuple[OpGraph, CostModel, SearchSpace, RowMix]:
+        """What every part of the search works on."""
+        return self.graph, self.cost_model, self.space, self.mix
 
     def tell(self, text: str) -> None:
         """Say what happened, and keep it for the report."""
@@ -169,17 +175,14 @@ class _Search:
         self, known: Sequence[Schedule], least_batches: int
     ) -> tuple[Schedule | None, Certificate]:
         """One MILP; its schedule enters the race."""
-        job = (self.graph, self.cost_model, self.space, self.mix)
         found, certificate = find_structure(
-            *job,
-            seed=self.seed,
-            known=known,
-            least_batches=least_batches,
+            *self.job, seed=self.seed, known=known, least_batches=least_batches
         )
         if found is not None and not self.is_legal(found):
             self.tell("structure MILP: its shares fit in pairs only, left out")
             found = None
-        self.tried += [self.predicted(found)] if found else []
+        if found is not None:
+            self.add(found)
         self.tell(
             f"structure MILP: {certificate.status}, layer {certificate.period_us:.0f} us, gap "
             f"{100 * certificate.gap:.1f} % to {certificate.bound_us:.0f} us, "
@@ -199,10 +202,7 @@ class _Search:
         base = next(c for c in self.tried if c.schedule.name == "sequential")
         is_powered = self.cost_model.power is not None and base.predicted.source != "roofline"
         return space_bound(
-            self.graph,
-            self.cost_model,
-            self.space,
-            self.mix,
+            *self.job,
             best_us=self.best_us,
             is_powered=is_powered,
             most_batches=most_batches,
@@ -220,7 +220,7 @@ class _Search:
             if has_climbed:  # from round robins among others
                 self.tell(f"{name}: not rejected by the bound ({at_best}), searched already")
                 continue
-            found = round_robins(self.graph, self.cost_model, self.space, self.mix, count)
+            found = round_robins(*self.job, count)
             if not found:
                 self.tell(f"{name}: not rejected by the bound ({at_best}), but none finds places")
                 continue
@@ -233,15 +233,20 @@ class _Search:
 
     def climb(self, most_batches: int) -> None:
         """Local search over cuts, forms, orders and shares of two and more nano-batches."""
-        before_us, job = self.best_us, (self.graph, self.cost_model, self.space, self.mix)
-        found = climbed(*job, known=self.tried, most_batches=most_batches, seed=self.seed)
-        self.tried += found[:CLIMBED_KEPT]
+        before_us = self.best_us
+        found = self._climbed(most_batches)
         if self.best_us < before_us * (1 - CLIMB_AGAIN):  # at the clock that it has now
-            found = climbed(*job, known=self.tried, most_batches=most_batches, seed=self.seed)
-            self.tried += found[:CLIMBED_KEPT]
+            found = self._climbed(most_batches)
         if found and self.space.simulator_trials >= LEAST_TRIALS:
-            self.tried.append(with_better_kernels(found[0], *job[:2], self.mix))
+            best = with_better_kernels(found[0], self.graph, self.cost_model, self.mix)
+            self.tried.append(best)
         self.tell(f"local search: {words(found, before_us)}")
+
+    def _climbed(self, most_batches: int) -> list[Candidate]:
+        """One local search from all that is known; its best schedules enter the race."""
+        found = climbed(*self.job, known=self.tried, most_batches=most_batches, seed=self.seed)
+        self.tried += found[:CLIMBED_KEPT]
+        return found
 
     def refine(self, structure: Schedule | None, choices: Sequence[PingPongChoice]) -> None:
         """Optuna on the simulator, around the structure, the best ping-pong and the equal split."""
@@ -262,7 +267,7 @@ class _Search:
         if self.measure is None:
             return
         self.on_stage(Stage.RACE)
-        self.measure_race()
+        self._measure(racers(self.tried))
         self.on_stage(Stage.GPU_TRIALS)
         self.tried += refine_on_hardware(
             family,
@@ -276,25 +281,7 @@ class _Search:
             advance=partial(self.on_stage, Stage.GPU_TRIALS),
         )
         self.on_stage(Stage.FINALISTS)
-        self.measure_final()
-
-    def measure_final(self) -> None:
-        """Sequential and the fastest few, once more, in one run: they decide who wins."""
-        measured = [c for c in distinct(self.tried) if c.measured is not None]
-        base = next(c for c in measured if c.schedule.name == "sequential")
-        others = [c for c in measured if c is not base]
-        others.sort(key=lambda candidate: candidate.best_known.period_us)
-        overlapped = [c for c in others if c.schedule.is_overlapped]
-        self._measure(distinct([base, *others[:2], *overlapped[:3]]))
-
-    def measure_race(self) -> None:
-        """Measure every named schedule and the best few refined ones, together."""
-        race = distinct(self.tried)
-        refined = [c for c in race if c.schedule.name == "overlapped_refined"]
-        refined.sort(key=lambda c: c.predicted.period_us)
-        named = [c for c in race if c.schedule.name != "overlapped_refined"]
-        chosen = named + refined[:MEASURED_FROM_SIMULATOR]
-        self._measure(chosen)
+        self._measure(finalists(self.tried))
 
     def _measure(self, chosen: Sequence[Candidate]) -> None:
         assert self.measure is not None
@@ -337,9 +324,12 @@ def search(
         measure: times schedules on the GPU, all of them interleaved in one sustained run.
         most_batches: largest number of nano-batches that round robins and bound look at.
     """
-    job = (graph, cost_model, hardware, space, mix)
     run = _Search(
-        *job,
+        graph=graph,
+        cost_model=cost_model,
+        hardware=hardware,
+        space=space,
+        mix=mix,
         seed=seed,
         storage=storage,
         on_progress=on_progress,
