@@ -2,8 +2,8 @@
 
 Small steps run sequential schedules in sizes between the plan's, so that little is padding; where
 an overlapped schedule of the plan, somewhat shorter or with padding, gains at what attention has to
-read, that runs. Every choice says why. Without a plan (or with one that fits only
-roughly) all schedules are sequential. No torch here.
+read, that runs. Every choice says why. Without a plan (or with one that fits only roughly) all
+schedules are sequential. No torch here.
 """
 
 from __future__ import annotations
@@ -108,21 +108,20 @@ class PlanBook:
         self._sequential = dict(sequential)
         self._overlapped: dict[tuple[int, int], Choice] = {}
         """By bucket and rows."""
-        if plan is not None:
-            for index, bucket in enumerate(plan.buckets):
-                if even_losing:
-                    self._add(index, bucket.winner)
-                elif _is_worth_knowing(bucket):
-                    self._add(index, bucket.best_overlapped)
-                    if bucket.overlap_gain is not None:
-                        smaller = [n for n in bucket_sizes(plan) if n < bucket.dense_batch_tokens]
-                        least = max(smaller, default=0)
-                        for rows in sizes_below(bucket.best_overlapped.schedule, least):
-                            self._add(index, bucket.best_overlapped, rows)
-        self.choices = {
-            choice.key: choice
-            for choice in (*self._sequential.values(), *self._overlapped.values())
-        }
+        sizes = bucket_sizes(plan) if plan is not None else ()
+        next_smaller = dict(zip(sizes, (0, *sizes), strict=False))
+        for index, bucket in enumerate(plan.buckets if plan is not None else ()):
+            if even_losing:
+                self._add(index, bucket.winner)
+                continue
+            if not _is_worth_knowing(bucket):
+                continue
+            best, least = bucket.best_overlapped, next_smaller[bucket.dense_batch_tokens]
+            self._add(index, best)
+            if bucket.overlap_gain is not None:
+                for rows in sizes_below(best.schedule, least):
+                    self._add(index, best, rows)
+        self.choices = self._by_key()
 
     @classmethod
     def from_plan(
@@ -216,10 +215,7 @@ class PlanBook:
 
         self._sequential = {rows: held(choice) for rows, choice in self._sequential.items()}
         self._overlapped = {place: held(choice) for place, choice in self._overlapped.items()}
-        self.choices = {
-            choice.key: choice
-            for choice in (*self._sequential.values(), *self._overlapped.values())
-        }
+        self.choices = self._by_key()
         self.replaced = tuple(said)
         return self.replaced
 
@@ -296,6 +292,10 @@ class PlanBook:
         said = f"the plan's winner at {size} rows"
         choice = self._overlapped[index, size]
         return Chosen(choice=choice, reason=said, gain=periods[0] / periods[1] - 1)
+
+    def _by_key(self) -> dict[str, Choice]:
+        every = (*self._sequential.values(), *self._overlapped.values())
+        return {choice.key: choice for choice in every}
 
     def _add(self, index: int, candidate: Candidate, rows: int | None = None) -> None:
         """An overlapped schedule of a bucket, with all of its rows or fewer."""

@@ -1,7 +1,7 @@
 """Schedules for dense batches between the sizes of a plan: little of a step is padding. No torch.
 
 sequential   one nano-batch with any number of rows
-overlapped   the last rows left out, whole tiles of them
+overlapped   all nano-batches somewhat smaller, in whole tiles
 """
 
 from __future__ import annotations
