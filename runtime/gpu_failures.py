@@ -146,16 +146,17 @@ def death_told(exit_code: int | None) -> str:
     Args:
         exit_code: of `multiprocessing`: below 0 is a signal; None: it still runs.
     """
+    hint = ""
     if exit_code is None:
-        return "the process closed its pipe without a word, so all ranks were ended"
-    if exit_code >= 0:
-        return f"the process died with exit code {exit_code}, so all ranks were ended"
-    try:
-        name = signal.Signals(-exit_code)
-    except ValueError:
-        return f"the process died by signal {-exit_code}, so all ranks were ended"
-    hint = _SIGNALS.get(name, "")
-    told = f"the process died by {name.name}, so all ranks were ended"
+        how = "closed its pipe without a word"
+    elif exit_code >= 0:
+        how = f"died with exit code {exit_code}"
+    else:
+        how = f"died by signal {-exit_code}"
+        with suppress(ValueError):  # a signal without a name
+            name = signal.Signals(-exit_code)
+            how, hint = f"died by {name.name}", _SIGNALS.get(name, "")
+    told = f"the process {how}, so all ranks were ended"
     return f"{told}; {hint}" if hint else told
 
 

@@ -8,7 +8,8 @@ step under way has taken, or gives it up because it knows that another rank has 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from .gpu_failures import GpuFailureError, StalledStepError
@@ -60,10 +61,8 @@ class WatchedRunner:
         Raises:
             GivenUpError: it came back after it had been given up.
         """
-        self._begin()
-        launched = self._runner.launch(inputs)
-        self._end()
-        return launched
+        with self._timed():
+            return self._runner.launch(inputs)
 
     def collect(self, launched: Launched) -> Sampled:
         """What a step sampled, once it has run.
@@ -71,10 +70,8 @@ class WatchedRunner:
         Raises:
             GivenUpError: it came back after it had been given up.
         """
-        self._begin()
-        sampled = self._runner.collect(launched)
-        self._end()
-        return sampled
+        with self._timed():
+            return self._runner.collect(launched)
 
     def close(self) -> None:
         """Give everything back."""
@@ -100,11 +97,11 @@ class WatchedRunner:
                     )
             return self._given_up
 
-    def _begin(self) -> None:
+    @contextmanager
+    def _timed(self) -> Generator[None, None, None]:
         with self._lock:
             self._since_s = self._now()
-
-    def _end(self) -> None:
+        yield  # a call that raises ends the engine: there is nothing left to time
         with self._lock:
             self._since_s = None
             if self._given_up is not None:
