@@ -7,9 +7,9 @@
 
 All requests are known at the start and run to their full lengths; ramps count. With `--rate` they
 come when they are due, and latencies are told: time to first token, per token, normalised (whole
-time over generated tokens). On a machine without
-the plan's GPUs a scaled-down model with short requests runs on CPU ranks: that shows that the plan
-is served, and says nothing about speed. No torch here: ranks serve.
+time over generated tokens). On a machine without the plan's GPUs a scaled-down model with short
+requests runs on CPU ranks: that shows that the plan is served, and says nothing about speed. No
+torch here: ranks serve.
 """
 
 from __future__ import annotations

@@ -76,7 +76,6 @@ def build_book(
         bucket = finished.get(point.key)
         if bucket is None:
             bucket = _bucket(point, search, solved(search, point.rows, buckets))
-            bucket = _with_curve(bucket, search)
             if store:
                 store.add(bucket)
         buckets.append(bucket)
@@ -127,7 +126,7 @@ def make_bucket(
 
 
 def _bucket(point: GridPoint, search: PointSearch, result: PointResult) -> Bucket:
-    return make_bucket(point.rows, search, result, point.mix)
+    return _with_curve(make_bucket(point.rows, search, result, point.mix), search)
 
 
 def _with_curve(bucket: Bucket, search: PointSearch) -> Bucket:

@@ -83,6 +83,11 @@ class Part:
     without: tuple[frozenset[tuple[int, int]], ...] = ()
     """Sets of (node, share) that may not be taken."""
 
+    @property
+    def banned(self) -> frozenset[tuple[int, int]]:
+        """All of them."""
+        return frozenset[tuple[int, int]]().union(*self.without)
+
 
 FAILURES, HELP = 3, 2e-4
 """LPs that keep orders are solved of a cut until so many in a row have raised its bound by less."""
@@ -207,7 +212,7 @@ class Bounds:
         """The LP's bound of a part, and its halves."""
         problem, shares = self.problem(part.split), self.shares_of(part.split)
         if part.without:
-            banned = frozenset[tuple[int, int]]().union(*part.without)
+            banned = part.banned
             keep: list[NDArray[np.bool_]] = []
             for lane, held in zip(problem.lanes, shares, strict=True):
                 keep.append(
@@ -242,9 +247,7 @@ class Bounds:
             )
         lp = self._progress[part.split]
         self.ordered_size += lp.num_states * len(lp.groups)
-        banned = frozenset[tuple[int, int]]().union(*part.without)
-        shares = self.shares_of(part.split)
-        return lp.bound_us(part.cell, banned, shares, wanted_us)
+        return lp.bound_us(part.cell, part.banned, self.shares_of(part.split), wanted_us)
 
     def shares_of(self, split: Split) -> list[NDArray[np.intp]]:
         """By lane, the share of each option."""

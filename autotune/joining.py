@@ -100,12 +100,14 @@ def joined_gemms(
     found: Schedule | None = None
     for _ in range(MOST_JOINS):
         told = [
-            (us, number, join)
-            for number, join in enumerate(joins(found or schedule, graph))
+            (us, join)
+            for join in joins(found or schedule, graph)
             if (us := period_us(join)) is not None
         ]
-        if not told or min(told, key=lambda item: item[:2])[0] > (1 - LEAST_GAIN) * best_us:
+        if not told:
             break
-        best_us, _, best = min(told, key=lambda item: item[:2])
-        found = replace(best, name=f"{schedule.name}_joined")
+        us, best = min(told, key=lambda item: item[0])
+        if us > (1 - LEAST_GAIN) * best_us:
+            break
+        best_us, found = us, replace(best, name=f"{schedule.name}_joined")
     return found
