@@ -115,7 +115,7 @@ def dynamic_joules(row: Row, static_w: float) -> float:
 
 
 def _has_joules(row: Row) -> bool:
-    is_measured = row.joules_source == "measured" and not row.error
+    is_measured = row.has_measured_joules and not row.error
     return is_measured and row.joules > 0 and row.watts > 0 and row.sm_clock_mhz > 0
 
 

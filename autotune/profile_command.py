@@ -92,7 +92,7 @@ def profile(options: argparse.Namespace, command: str, say: Say) -> dict[str, An
         "models": [f"{shard.model.name}-tp{shard.tp_degree}" for shard in shards],
         "rows": len(found.usable_rows),
         "failed": len(found.rows) - len(found.usable_rows),
-        "joules": sum(row.joules_source == "measured" for row in found.rows),
+        "joules": sum(row.has_measured_joules for row in found.rows),
         "pairs": len(found.pairs),
         "triples": len(found.triples),
     }

@@ -149,7 +149,7 @@ def limit_us(
     Raises:
         ValueError: a row has no joules.
     """
-    missing = [row.point for row in rows if row.joules_source != "measured"]
+    missing = [row.point for row in rows if not row.has_measured_joules]
     if missing:
         raise ValueError(f"the power limit needs joules of every op, but {missing[0]} has none")
     joules = sum(

@@ -27,7 +27,7 @@ def fitted_tiles(schedules: Iterable[Schedule], graph: OpGraph) -> set[tuple[Gem
             kind=graph.op(nano_op.op).kind,
             shape=graph.op(nano_op.op).shape,
             variant=nano_op.variant,
-            tokens=nano_op.tokens[1] - nano_op.tokens[0],
+            tokens=nano_op.num_tokens,
             kv_len=0,
             num_sms=nano_op.num_sms,
         )

@@ -50,7 +50,7 @@ def fit_energy(profile: Profile, static_w: float) -> EnergyModel | None:
     rows = [
         row
         for row in profile.usable_rows
-        if row.joules_source == "measured" and row.point.num_sms == num_sms
+        if row.has_measured_joules and row.point.num_sms == num_sms
     ]
     if len(rows) < 8:
         return None

@@ -30,24 +30,20 @@ def joule_points(families: Iterable[Family], rows: Mapping[Point, Row]) -> list[
         (rank, point)
         for ranked in by_family.values()
         for rank, point in enumerate(ranked[:_BASIC_ROWS])
-        if not _is_measured(rows[point])
+        if not rows[point].has_measured_joules
     ]
     if first:
         return [point for _, point in sorted(first, key=lambda item: item[0])]
-    measured = sum(_is_measured(row) for row in rows.values())
+    measured = sum(row.has_measured_joules for row in rows.values())
     room = round(JOULE_SHARE * sum(not row.error for row in rows.values())) - measured
     more: dict[Point, float] = {}
     for family, ranked in by_family.items():
         watts = [rows[point].watts for point in ranked[:_BASIC_ROWS] if rows[point].watts > 0]
         spread = (max(watts) - min(watts)) / max(watts) if watts else 0.0
         for point in (*ranked[_BASIC_ROWS:], *_close_variants(family, rows)):
-            if not _is_measured(rows[point]):
+            if not rows[point].has_measured_joules:
                 more[point] = 1 + _SPREAD_WEIGHT * spread
     return _spread_out(more, rows, room)
-
-
-def _is_measured(row: Row) -> bool:
-    return row.joules_source == "measured"
 
 
 def _groups(point: Point) -> tuple[tuple[object, ...], ...]:
@@ -67,7 +63,7 @@ def _spread_out(
     """The points that add most, each judged with those before it as measured."""
     known = Counter[tuple[object, ...]]()
     for row in rows.values():
-        if _is_measured(row):
+        if row.has_measured_joules:
             known.update(_groups(row.point))
 
     def gain(point: Point) -> float:

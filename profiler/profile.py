@@ -54,6 +54,11 @@ class Row:
     source: Source = "measured"
     error: str = ""
 
+    @property
+    def has_measured_joules(self) -> bool:
+        """Whether joules were read from the energy counter, not fitted."""
+        return self.joules_source == "measured"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairRow:

@@ -331,7 +331,7 @@ def _measure_in_step(
 
 
 def _lacks_joules(row: Row) -> bool:
-    return not row.error and row.joules_source != "measured"
+    return not row.error and not row.has_measured_joules
 
 
 def _co_run(

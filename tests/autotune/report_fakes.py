@@ -130,7 +130,7 @@ def events(schedule: Schedule, graph: OpGraph, num_layers: int = 6) -> tuple[Fak
     played: list[FakeEvent] = []
     for layer in range(num_layers):
         for index, nano_op in enumerate(schedule.nano_ops):
-            rows = nano_op.tokens[1] - nano_op.tokens[0]
+            rows = nano_op.num_tokens
             duration = DURATIONS_US.get(graph.op(nano_op.op).kind, 10.0) * rows / 2048
             duration *= (132 / nano_op.num_sms) ** 0.5
             start = clock[nano_op.lane]
