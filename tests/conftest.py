@@ -12,3 +12,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def ranks_that():
+    """Makes a stand-in for `RankGroup`: a class whose `call` is some function."""
+
+    def make(call):
+        class Ranks:
+            def __init__(self, *_, **__):
+                pass
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                pass
+
+        Ranks.call = staticmethod(call)
+        return Ranks
+
+    return make

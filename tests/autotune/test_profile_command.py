@@ -56,7 +56,7 @@ def test_flags_that_make_no_sense_are_refused(arguments, capsys):
     assert "must be" in capsys.readouterr().err
 
 
-def test_calibration_measures_variants_that_this_machine_has(monkeypatch, capsys):
+def test_calibration_measures_variants_that_this_machine_has(monkeypatch, capsys, ranks_that):
     """FlashInfer is not installed, and its rows do not make a profile unfit."""
     from nanoflow_tune.autotune import profile_command
     from nanoflow_tune.profiler import rank_jobs
@@ -71,23 +71,13 @@ def test_calibration_measures_variants_that_this_machine_has(monkeypatch, capsys
     }
     asked = []
 
-    class Ranks:
-        def __init__(self, *_, **__):
-            pass
+    def call(function, *arguments):
+        if function is rank_jobs.variants_here:
+            return [here]
+        asked.extend(arguments[1])
+        return [[times[point] for point in arguments[1]]]
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def call(self, function, *arguments):
-            if function is rank_jobs.variants_here:
-                return [here]
-            asked.extend(arguments[1])
-            return [[times[point] for point in arguments[1]]]
-
-    monkeypatch.setattr(profile_command, "RankGroup", Ranks)
+    monkeypatch.setattr(profile_command, "RankGroup", ranks_that(call))
     monkeypatch.setattr(profile_command, "_check_devices", lambda *_: None)
     assert main(["profile", "--calibrate", "--gpu", "h200"]) == 0
     assert asked

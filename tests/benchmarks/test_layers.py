@@ -62,35 +62,25 @@ def test_the_race_holds_sequential_ones_and_overlapped_ones_each_once(layers, sc
 
 
 def test_the_figures_come_from_the_final_of_the_fastest_of_each_kind(
-    layers, case, schedules, graph, monkeypatch
+    layers, case, schedules, graph, monkeypatch, ranks_that
 ):
     """One schedule cannot run; the race is close, the final decides and gives the ratio."""
     is_overlapped = [layers.overlaps(schedule, graph) for schedule in schedules]
     calls = []
 
-    class Ranks:
-        def __init__(self, *_, **__):
-            pass
+    def call(function, iteration, asked, rounds, turn_s):
+        calls.append(asked)
+        return [[turns(schedule) for schedule in asked]]
 
-        def __enter__(self):
-            return self
+    def turns(schedule):
+        place = schedules.index(schedule)
+        found = SimpleNamespace(layer_us=(), watts=0.0, sm_clock_mhz=0.0, error="no kernel")
+        if place == 0:
+            return found
+        us = (110.0 if is_overlapped[place] else 100.0) + place
+        return SimpleNamespace(layer_us=(us, us), watts=700.0, sm_clock_mhz=1500.0, error="")
 
-        def __exit__(self, *_):
-            pass
-
-        def call(self, function, iteration, asked, rounds, turn_s):
-            calls.append(asked)
-            return [[self.turns(schedule) for schedule in asked]]
-
-        def turns(self, schedule):
-            place = schedules.index(schedule)
-            found = SimpleNamespace(layer_us=(), watts=0.0, sm_clock_mhz=0.0, error="no kernel")
-            if place == 0:
-                return found
-            us = (110.0 if is_overlapped[place] else 100.0) + place
-            return SimpleNamespace(layer_us=(us, us), watts=700.0, sm_clock_mhz=1500.0, error="")
-
-    monkeypatch.setattr(layers, "gpu_ranks", Ranks)
+    monkeypatch.setattr(layers, "gpu_ranks", ranks_that(call))
     monkeypatch.setattr(layers, "_limits", lambda *_: (50.0, 40.0))
     origin = {"command": "x", "commit": "abc", "gpu": "a GPU", "date": "2026-01-01"}
     ratio, limit, by_rows = layers.measure(case, load_hardware("h200"), schedules, origin)

@@ -41,30 +41,18 @@ def predictor(cases):
     return cases.Predictor(cases.CASES["8b"], load_hardware("h200"), PROFILE)
 
 
-def made_up_ranks(predictor, cases, factors, calls):
-    """Ranks whose GPU is the cost model times some factors."""
+def made_up_gpu(predictor, cases, factors, calls):
+    """Answers calls as ranks whose GPU is the cost model times some factors."""
     true = CorrectedCostModel(predictor.cost_model, Corrections(factors=factors))
 
-    class Ranks:
-        def __init__(self, *_, **__):
-            pass
+    def call(function, iteration, schedules, rounds, turn_s):
+        calls.append((function.__name__, schedules))
+        timings = [predict(s, predictor.graph, true, cases.MIX) for s in schedules]
+        if function.__name__ == "measure_schedules":
+            return [[replace(timing, source="measured") for timing in timings]]
+        return [[SimpleNamespace(layer_us=(t.period_us / 16,) * rounds, error="") for t in timings]]
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def call(self, function, iteration, schedules, rounds, turn_s):
-            calls.append((function.__name__, schedules))
-            timings = [predict(s, predictor.graph, true, cases.MIX) for s in schedules]
-            if function.__name__ == "measure_schedules":
-                return [[replace(timing, source="measured") for timing in timings]]
-            return [
-                [SimpleNamespace(layer_us=(t.period_us / 16,) * rounds, error="") for t in timings]
-            ]
-
-    return Ranks
+    return call
 
 
 def test_the_race_holds_the_solvers_plans_and_the_best_of_every_other_kind(gain, predictions):
@@ -83,12 +71,13 @@ def test_the_race_holds_the_solvers_plans_and_the_best_of_every_other_kind(gain,
 
 
 def test_the_gain_is_the_solvers_layer_over_that_of_the_fastest_measured(
-    gain, cases, predictor, predictions, monkeypatch
+    gain, cases, predictor, predictions, monkeypatch, ranks_that
 ):
     """The GEMMs that the profile likes best are slower on this card than it says."""
     factors = {"variant gemm sm90": 1.2, "variant gemm_silu sm90_c2": 1.2}
     calls: list[tuple[str, tuple[object, ...]]] = []
-    monkeypatch.setattr(gain, "gpu_ranks", made_up_ranks(predictor, cases, factors, calls))
+    call = made_up_gpu(predictor, cases, factors, calls)
+    monkeypatch.setattr(gain, "gpu_ranks", ranks_that(call))
     monkeypatch.setattr(gain, "MOST_TRIALS", 4)
     row = gain.run(cases.CASES["8b"], predictor, predictions, 60.0, ORIGIN)
     assert (row.id, row.reach, row.unit) == ("refine_gain", ">= 1.00", "x")

@@ -57,15 +57,20 @@ class FakeBuffer:
         return torch.zeros(self.num_bytes // dtype.itemsize, dtype=dtype)
 
 
-def operations_of(monkeypatch, rank, world_size, signals, exchanges):
-    """What the exchanges put on a rank's stream: (kind, address, value or bytes)."""
-    issued = []
+def be_rank(monkeypatch, rank, world_size):
+    """This process becomes one rank of some, whose inboxes have no memory behind them."""
     monkeypatch.setattr(dist, "get_world_size", lambda: world_size)
     monkeypatch.setattr(
         copy_engine,
         "SymmetricBuffer",
         lambda num_bytes, flag_bytes: FakeBuffer(rank, world_size, num_bytes, flag_bytes),
     )
+
+
+def operations_of(monkeypatch, rank, world_size, signals, exchanges):
+    """What the exchanges put on a rank's stream: (kind, address, value or bytes)."""
+    issued = []
+    be_rank(monkeypatch, rank, world_size)
     monkeypatch.setattr(row_signals, "_wait", lambda address: ("wait", address, 1))
     monkeypatch.setattr(row_signals, "_write", lambda address, value: ("write", address, value))
     monkeypatch.setattr(row_signals, "_enqueue", issued.extend)
@@ -141,12 +146,7 @@ def test_scattered_rows_go_to_the_rank_whose_shard_they_are(
     monkeypatch, rank, world_size, num_rows
 ):
     copies = []
-    monkeypatch.setattr(dist, "get_world_size", lambda: world_size)
-    monkeypatch.setattr(
-        copy_engine,
-        "SymmetricBuffer",
-        lambda num_bytes, flag_bytes: FakeBuffer(rank, world_size, num_bytes, flag_bytes),
-    )
+    be_rank(monkeypatch, rank, world_size)
     monkeypatch.setattr(row_signals.RowSignals, "meet", lambda self, phase, row: None)
     monkeypatch.setattr(copy_engine, "copy", lambda *region: copies.append(region))
     inbox = copy_engine.Inbox(64, 8, torch.float32)

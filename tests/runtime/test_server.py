@@ -14,12 +14,11 @@ import openai
 import pytest
 import torch
 from builders import gathering_bucket
-from engine_builders import bucket
+from engine_builders import bucket, plan_of
 from tiny_tokenizer import byte_level, fast, save
 
 from nanoflow_tune.runtime import server
 from nanoflow_tune.runtime.op_graph import OpGraph
-from nanoflow_tune.runtime.plan import Plan
 from nanoflow_tune.runtime.plan_io import dump_plan
 from nanoflow_tune.search_spaces.loader import content_hash, load_model
 
@@ -62,17 +61,8 @@ def expected(checkpoint):
 def _write_plan(path, checkpoint, num_gpus=1, **changes):
     model = load_model(checkpoint)
     own = bucket(OpGraph.build(model, num_gpus), 64, 32)
-    plan = Plan(
-        model=model.name,
-        hardware="h200",
-        workload="64-64",
-        num_gpus=num_gpus,
-        dtype="float32",
-        kv_dtype="float32",
-        page_size=16,
-        inputs={"model": content_hash(model)},
-        buckets=(own if num_gpus == 1 else gathering_bucket(own),),
-    )
+    plan = plan_of(model, num_gpus, (own if num_gpus == 1 else gathering_bucket(own),))
+    plan = replace(plan, inputs={"model": content_hash(model)})
     dump_plan(replace(plan, **changes), path)
     return path
 

@@ -11,14 +11,13 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
-from engine_builders import bucket
+from engine_builders import plan_of
 
-from nanoflow_tune.runtime.op_graph import OpGraph
-from nanoflow_tune.runtime.plan import Plan
 from nanoflow_tune.runtime.plan_io import dump_plan
 from nanoflow_tune.search_spaces.loader import content_hash, load_model
 
@@ -46,17 +45,7 @@ class Server:
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(CONFIG), "utf-8")
         model = load_model(folder)
-        plan = Plan(
-            model=model.name,
-            hardware="h200",
-            workload="64-64",
-            num_gpus=num_gpus,
-            dtype="float32",
-            kv_dtype="float32",
-            page_size=16,
-            inputs={"model": content_hash(model)},
-            buckets=(bucket(OpGraph.build(model, num_gpus), 64, 32),),
-        )
+        plan = replace(plan_of(model, num_gpus), inputs={"model": content_hash(model)})
         dump_plan(plan, folder / "plan.yaml")
         command = [sys.executable, SCRIPT, fault, rank, 5, "--plan", folder / "plan.yaml"]
         command += ["--weights", "random", "--model", folder / "config.json", "--port", 0]
